@@ -1,0 +1,542 @@
+"""
+The plumbing every train_*.py shares: settings, run folders, checkpoints that survive, the guarded step, artifacts.
+Nothing here knows what a model, a loss, a noise schedule or a data set is.
+
+    override(globals())                       NAME=value, --name value: the command line over a script's constants
+    run = start(__file__, globals())          seed, device, process group, lock, run folder, last checkpoint if any
+    save_checkpoint / load_checkpoint         atomic, verified, plain types only, never over the last good file
+    guarded_step, Guard                       clip; skip non-finite and exploding steps; say when to go back
+    ema_update, lr_at, seed_of                averaged weights; warm-up + cosine; one seed for every purpose
+    save_artifact, tile, save_metrics         NPY for programs and PNG for people; metrics.json
+"""
+
+import ast
+import contextlib
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.distributed as dist
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs, without the lock on the run folder
+    fcntl = None
+
+PLAIN = (bool, int, float, str, tuple)
+FORMAT = 1  # of checkpoints; raised when old files can no longer be read
+
+
+def fail(message):
+    """A user's mistake: one clear line, exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------- settings
+def settings(namespace):
+    """The UPPER_CASE plain constants of a script, as a dict: what is printed, logged and kept in checkpoints."""
+    return {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, PLAIN)}
+
+
+def convert(name, text, default):
+    """The value that `text` means for a setting whose default is `default`; ValueError when the types do not agree."""
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if isinstance(default, tuple) and not isinstance(value, tuple):
+        value = (value,)
+    if type(value) is not type(default):
+        raise ValueError(f"{name} is {type(default).__name__} (default {default!r}), got {text!r}")
+    if isinstance(default, tuple) and default and any(
+            isinstance(v, str) != isinstance(default[0], str) for v in value):
+        raise ValueError(f"{name} is a tuple like {default!r}, got {text!r}")
+    return value
+
+
+def override(namespace, args=None):
+    """Replace a script's constants: `LR=1e-4 WIDTHS=32,64`, `--lr 1e-4`, `--lr=1e-4`, a bare `--flag` for True.
+    A row of the script's table EXPERIMENTS (EXPERIMENT=name) comes first, so single settings win over it."""
+    known, args, given = settings(namespace), list(sys.argv[1:] if args is None else args), {}
+    listing = "\n".join(f"  {k} = {v!r}" for k, v in known.items())
+    while args:
+        arg = args.pop(0)
+        if arg in ("-h", "--help"):
+            print(namespace.get("__doc__") or "", "\nsettings\n" + listing)
+            sys.exit(0)
+        name, eq, text = arg.partition("=")
+        if arg.startswith("--"):
+            name = name[2:].replace("-", "_").upper()
+            if not eq and isinstance(known.get(name), bool) and (not args or args[0] not in ("True", "False")):
+                text = "True"
+            elif not eq and name in known:
+                text = args.pop(0) if args else fail(f"{arg} needs a value")
+        elif not eq:
+            fail(f"{arg!r} is not a setting: write NAME=value or --name value")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            fail(f"unknown setting {name!r}" + (f", did you mean {' or '.join(near)}?" if near else "")
+                 + f" This script has\n{listing}")
+        try:
+            given[name] = convert(name, text, known[name])
+        except ValueError as error:
+            fail(error)
+    chosen = given.get("EXPERIMENT", known.get("EXPERIMENT"))
+    if chosen:
+        table = namespace["EXPERIMENTS"]
+        if chosen not in table:
+            fail(f"unknown EXPERIMENT {chosen!r}: one of {', '.join(table)}")
+        namespace.update(table[chosen])
+    namespace.update(given)
+
+
+# ---------------------------------------------------------------- a run
+@dataclass
+class Run:
+    """What start() found out. `checkpoint` is the state to continue from, or None."""
+    script: str
+    settings: dict
+    folder: Path
+    device: torch.device
+    rank: int
+    world: int
+    checkpoint: dict | None
+    signal: int = 0              # the signal that asked us to stop
+    interruptible: bool = False  # inside an evaluation: no state changes there, so a signal may break off at once
+    keep: list = field(default_factory=list)  # open files that hold the lock
+
+    def stopping(self):
+        """True when a signal asked for an end, on any rank: all ranks then leave the loop at the same step."""
+        if self.world == 1:
+            return bool(self.signal)
+        flag = torch.tensor(float(self.signal), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.signal = int(flag)
+        return bool(self.signal)
+
+    @contextlib.contextmanager
+    def evaluation(self):
+        """Around code that reads the state but does not change it. The global RNG comes back as it was."""
+        self.interruptible = True
+        try:
+            with torch.random.fork_rng():
+                yield
+        except Interrupted:
+            pass  # the loop sees run.stopping() next
+        finally:
+            self.interruptible = False
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM while an evaluation ran."""
+
+
+def catch_signals(run):
+    """Ctrl-C and SIGTERM ask for a clean end: the step in progress is finished and saved. A second one ends at once."""
+    def handler(number, frame):
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+        run.signal = number
+        if run.interruptible:
+            raise Interrupted
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, handler)
+
+
+def keep_memory():
+    """Tell glibc to keep freed blocks: by default every large tensor is returned to the system and its pages are
+    faulted in again at the next step (1.1 to 1.6 times slower steps on a CPU). Harmless where there is no glibc."""
+    with contextlib.suppress(Exception):
+        import ctypes
+        libc = ctypes.CDLL("libc.so.6")
+        for name, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(name, value)
+
+
+def pick_device():
+    """cuda (this process's card under torchrun), mps or cpu."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def start(script, namespace, free=()):
+    """Everything before the model: seed, device, process group, lock, run folder OUT/<script without train_>, and the
+    checkpoint to continue from. RESUME=True continues when the settings agree (those named in `free` may differ),
+    RESUME=False moves an old folder aside. Exits with code 2 when the settings differ or another process runs here."""
+    name = Path(script).stem.removeprefix("train_")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, now = pick_device(), settings(namespace)
+    if device.type == "cpu":
+        keep_memory()
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(namespace["SEED"])
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    folder = Path(namespace["OUT"]) / name
+    run = Run(Path(script).stem, now, folder, device, rank, world, None)
+    if rank == 0:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            take_lock(run, folder.with_name(f"{name}.lock"))
+            if not namespace["RESUME"] and folder.exists():
+                aside = folder.with_name(f"{name}.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}")
+                os.replace(folder, aside)
+                print(f"the old run is now in {aside}")
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            fail(f"cannot write the run folder {folder}: {error.strerror}; give another OUT")
+    if world > 1:
+        dist.barrier()
+    run.checkpoint = load_checkpoint(folder / "last.pt", device=device, missing_ok=True)
+    if run.checkpoint is not None:
+        old = run.checkpoint["settings"]
+        differ = [k for k in sorted(old.keys() | now.keys())
+                  if old.get(k) != now.get(k) and k not in (*free, "RESUME", "OUT")]
+        if run.checkpoint["script"] != run.script:
+            fail(f"{folder} holds a run of {run.checkpoint['script']}.py; give another OUT")
+        if differ:
+            fail(f"{folder} holds a run with other settings ("
+                 + ", ".join(f"{k}: {old.get(k)!r} there, {now.get(k)!r} now" for k in differ)
+                 + "); RESUME=False moves it aside and starts anew, OUT=... keeps both")
+    if rank == 0:
+        for stray in folder.glob("*.tmp"):  # a save that a kill interrupted
+            stray.unlink()
+        write_changes(run, folder)
+        shutil.copy(script, folder / Path(script).name)
+        (folder / "settings.json").write_text(json.dumps(now, indent=1))
+        (folder / "environment.txt").write_text(
+            f"python {platform.python_version()}\ntorch {torch.__version__}\nnumpy {np.__version__}\n"
+            f"platform {platform.platform()}\ndevice {device}\nthreads {torch.get_num_threads()}\nworld {world}\n")
+        print(f"{run.script} on {device}" + (f" x {world}" if world > 1 else "") + ":",
+              *(f"{k}={v!r}" for k, v in now.items()))
+    catch_signals(run)
+    return run
+
+
+def take_lock(run, path):
+    """Two processes never write one folder. The system drops the lock when its owner dies, also by kill -9, so a file
+    that was left behind is simply taken over."""
+    handle = open(path, "a+")
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            fail(f"another process ({handle.read().strip() or 'unknown'}) writes {run.folder}; wait, or give another OUT")
+    handle.truncate(0)
+    handle.write(f"pid {os.getpid()}")
+    handle.flush()
+    run.keep.append(handle)
+
+
+def write_changes(run, folder):
+    """CHANGES.md, the lab book beside the runs: delta only, what differs from the run before."""
+    book = folder.parent / f"{folder.name}.CHANGES.md"
+    record = folder.parent / f"{folder.name}.settings.json"
+    old = {}
+    with contextlib.suppress(OSError, ValueError):
+        old = json.loads(record.read_text())
+    now = json.loads(json.dumps(run.settings))
+    changed = [f"  - {k}: {old[k]!r} -> {now[k]!r}" for k in now if k in old and old[k] != now[k] and k != "RESUME"]
+    kind = "resumed" if run.checkpoint is not None else "new run"
+    if kind == "new run" or changed:
+        with open(book, "a") as f:
+            f.write(f"- {time.strftime('%Y-%m-%d %H:%M')} ({kind})\n"
+                    + ("\n".join(["  Changed:", *changed]) if changed else "  first run" if not old else "  repeat")
+                    + "\n")
+    record.write_text(json.dumps(now))
+
+
+# ---------------------------------------------------------------- checkpoints
+def all_finite(value):
+    """False when any float tensor inside nested dicts and lists holds NaN or infinity."""
+    if torch.is_tensor(value):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, dict):
+        return all(map(all_finite, value.values()))
+    return all(map(all_finite, value)) if isinstance(value, (list, tuple)) else True
+
+
+def verify(path):
+    """Raises unless the file is a whole torch zip whose every byte matches its CRC: torch.load alone would accept a
+    flipped bit and return a weight of 1e37."""
+    with zipfile.ZipFile(path) as z:
+        bad = z.testzip()
+    if bad is not None:
+        raise OSError(f"{bad} is damaged")
+
+
+def save_checkpoint(path, run, **state):
+    """Write {script, settings, format, **state} so that a kill, a full disk or a bug can never cost the last good file:
+    a temporary file beside it, flushed to the disk, read back, then renamed; the file before stays as *.prev.pt.
+    Values: plain types, tensors and state_dicts. Returns False, after one line, when it could not be written or when
+    the state is not finite: training goes on and the next save tries again."""
+    path = Path(path)
+    temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".prev.pt")
+    if not all_finite(state):
+        print(f"\n{path.name} not written: the state holds NaN or infinity", flush=True)
+        return False
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(dict(format=FORMAT, script=run.script, settings=run.settings, **state), f)
+            f.flush()
+            os.fsync(f.fileno())
+        verify(temporary)
+        if path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # the rename itself must reach the disk; not every system can
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        return True
+    except Exception as error:  # torch reports a full disk as RuntimeError, a bad value as pickling errors
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        print(f"\n{path.name} not written ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
+              "the last good file stays, training goes on", flush=True)
+        return False
+
+
+def load_checkpoint(path, device="cpu", missing_ok=False):
+    """The newest intact one of last.pt and last.prev.pt, and says so when it is not the first. Only tensors and plain
+    types are ever unpickled. Exits with code 2 when there is nothing intact to read."""
+    path, found = Path(path), False
+    for candidate in (path, path.with_suffix(".prev.pt")):
+        if not candidate.exists():
+            continue
+        found = True
+        try:
+            verify(candidate)
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+            print(f"{candidate} is damaged ({str(error)[:80]})", file=sys.stderr, flush=True)
+            continue
+        try:
+            state = torch.load(candidate, map_location=device, weights_only=True)
+        except Exception as error:
+            fail(f"{candidate} refused: it holds more than tensors and plain values ({str(error).splitlines()[0][:80]})")
+        if not isinstance(state, dict) or not {"format", "script", "settings"} <= state.keys():
+            fail(f"{candidate} is not a checkpoint of these scripts")
+        if state["format"] > FORMAT:
+            fail(f"{candidate} has format {state['format']}, this code reads up to {FORMAT}: update the code")
+        if candidate != path:
+            print(f"continuing from {candidate}", file=sys.stderr, flush=True)
+        return state
+    if missing_ok and not found:
+        return None
+    fail(f"no intact checkpoint: {path} " + ("and its .prev.pt are damaged; RESUME=False starts anew" if found
+                                            else "does not exist"))
+
+
+def load_strictly(module, state, what):
+    """load_state_dict, strict: a weight that is missing, left over or of another shape is one line and exit code 2."""
+    own = module.state_dict()
+    problems = ([f"missing {k}" for k in own if k not in state] + [f"left over {k}" for k in state if k not in own]
+                + [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+                   for k in own if k in state and own[k].shape != state[k].shape])
+    if problems:
+        fail(f"{what} does not fit this network: {'; '.join(problems[:4])}"
+             + (f" and {len(problems) - 4} more" if len(problems) > 4 else ""))
+    module.load_state_dict(state)
+
+
+# ---------------------------------------------------------------- training
+def seed_of(*parts):
+    """One 63-bit seed from any plain values, e.g. seed_of(SEED, "step", 17): every random draw of a run is a function
+    of its place, so a resumed run needs no RNG state to repeat an unbroken one."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def lr_at(step, steps, peak, warmup=0.05):
+    """Learning rate of optimizer step `step` of `steps`: linear warm-up over the first share, then a cosine to zero.
+    Counts optimizer steps, never micro-batches."""
+    w = max(1, int(warmup * steps))
+    if step < w:
+        return peak * (step + 1) / w
+    return peak / 2 * (1 + math.cos(math.pi * (step - w) / max(1, steps - w)))
+
+
+@torch.no_grad()
+def ema_update(ema, model, decay, step):
+    """ema <- d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)): a short memory at first, so that short
+    runs sample sensibly. Matched by name; buffers are copied."""
+    d = min(decay, (1 + step) / (10 + step))
+    new, old = dict(model.named_parameters()), dict(ema.named_parameters())
+    torch._foreach_lerp_([old[k] for k in old], [new[k] for k in old], 1 - d)
+    buffers = dict(model.named_buffers())
+    for k, b in ema.named_buffers():
+        b.copy_(buffers[k])
+
+
+@dataclass
+class Guard:
+    """
+    Decides whether a step is taken and when a run must go back. All of it is in the checkpoint (vars(guard)).
+
+    Spikes: a gradient norm g is refused if it is not finite or above `factor` x average; then, refused or not,
+    average <- b average + (1 - b) min(g, factor x average): an average that only accepted steps could move would
+    freeze for ever after a lasting rise. A rise by R is accepted again after ln(R/factor) / ln(1 + (1-b)(factor-1))
+    steps; after `patience` refusals in a row the run goes back to its last good checkpoint with half the step.
+    Loss watchdog: the same when the loss average stays above `limit` x its lowest for `patience` steps.
+    """
+    factor: float = 5.0
+    b: float = 0.95
+    patience: int = 50
+    limit: float = 2.0
+    average: float = 0.0    # of gradient norms; 0 until the first finite one
+    loss: float = 0.0       # average of losses, for the watchdog
+    lowest: float = math.inf
+    seen: int = 0
+    skipped: int = 0        # in total
+    in_a_row: int = 0
+    high: int = 0           # steps in a row with a high loss
+    rollbacks: int = 0
+    lr_scale: float = 1.0
+
+    def accepts(self, norm, loss):
+        """Looks at one step: gradient norm and loss, floats. True if the optimizer may take it."""
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        ok = finite and (self.average == 0 or self.seen < 20 or norm <= self.factor * self.average)
+        if math.isfinite(norm):
+            capped = norm if self.average == 0 else min(norm, self.factor * self.average)
+            self.average = capped if self.average == 0 else self.b * self.average + (1 - self.b) * capped
+        if finite:
+            self.seen += 1
+            d = min(0.98, self.seen / (self.seen + 1))
+            self.loss = d * self.loss + (1 - d) * min(loss, 10 * self.loss if self.seen > 1 else loss)
+            if self.seen > 20:
+                self.lowest = min(self.lowest, self.loss)
+            self.high = self.high + 1 if self.loss > self.limit * self.lowest else 0
+        self.in_a_row = 0 if ok else self.in_a_row + 1
+        self.skipped += not ok
+        return ok
+
+    @property
+    def healthy(self):
+        """A state worth saving as the last good one."""
+        return self.in_a_row == 0 and self.high == 0
+
+    @property
+    def lost(self):
+        """True when the run should go back to its last good checkpoint."""
+        return self.in_a_row > self.patience or self.high > self.patience
+
+    def after_rollback(self, broken):
+        """Called on the guard of the good checkpoint: half the LR, and another window of data (see seed_of)."""
+        self.rollbacks, self.lr_scale = broken.rollbacks + 1, broken.lr_scale / 2
+        self.skipped, self.in_a_row, self.high = broken.skipped, 0, 0
+
+
+def guarded_step(optimizer, parameters, guard, loss, clip):
+    """Clip the gradient norm, ask the guard, step, clear the gradients. loss: float, the mean over the whole step.
+    Returns (gradient norm before clipping, taken). clip_grad_norm_ with one infinite gradient silently makes NaN of
+    it and 0 of all others, so the norm decides before the optimizer sees anything."""
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+    taken = guard.accepts(norm, loss)
+    if taken:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, taken
+
+
+# ---------------------------------------------------------------- logs and artifacts
+def open_log(path, step):
+    """log.csv ready to append: what a resumed run will write again (rows after `step`) and any half line go."""
+    if path.exists():
+        lines = path.read_text().split("\n")[:-1]  # what follows the last newline is half a line
+        kept = [line for i, line in enumerate(lines) if i == 0 or int(line.split(",")[0]) <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+
+
+def log_row(path, **row):
+    """Append one line to a CSV in one write, so a kill never leaves half of it; the first call writes the header."""
+    line = ",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in row.values()) + "\n"
+    with open(path, "a") as f:
+        f.write((",".join(row) + "\n" if f.tell() == 0 else "") + line)
+
+
+def read_log(path):
+    """log.csv as a dict of float arrays."""
+    header, *rows = path.read_text().split()
+    table = np.array([[float(v) for v in row.split(",")] for row in rows]).reshape(len(rows), -1)
+    return {name: table[:, i] for i, name in enumerate(header.split(","))} if len(rows) else {}
+
+
+def save_artifact(folder, name, array, figure=None):
+    """<folder>/<name>.npy is the data, <name>.png what a person sees of it (a matplotlib figure, closed here)."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    np.save(Path(folder) / f"{name}.npy", np.asarray(array))
+    if figure is not None:
+        figure.savefig(Path(folder) / f"{name}.png", dpi=100, metadata={"Software": None})
+        plt.close(figure)
+
+
+def tile(pictures, title="", titles=None, rows=None, columns=None, cell=1.0):
+    """A matplotlib figure of a table of pictures. pictures: (R, N, H, W, 3) or (R, N, H, W), floats in [0, 1];
+    titles: R x N strings above the tiles; rows, columns: names at the edges; cell: inches a tile."""
+    r, n, h, w = pictures.shape[:4]
+    gap = 0.2 if titles is not None else 0.04
+    left, top = (0.95 if rows is not None else 0.1), 0.45 + (0.2 if columns is not None else 0)
+    width, height = left + n * (cell + 0.06) + 0.1, top + r * (cell * h / w + gap) + 0.1
+    figure = plt.figure(figsize=(width, height), facecolor="white")
+    figure.text(0.1 / width, 1 - 0.25 / height, title, fontsize=9, va="center")
+    for i in range(r):
+        for j in range(n):
+            x, y = left + j * (cell + 0.06), height - top - (i + 1) * (cell * h / w + gap) + (0.04 if titles is None else 0)
+            ax = figure.add_axes([x / width, y / height, cell / width, cell * h / w / height])
+            ax.imshow(np.clip(pictures[i, j], 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.axis("off")
+            if titles is not None:
+                ax.set_title(titles[i][j], fontsize=6.5, pad=1.5)
+            if i == 0 and columns is not None:
+                figure.text((x + cell / 2) / width, 1 - (top - 0.1) / height, columns[j], fontsize=7, ha="center")
+        if rows is not None:
+            figure.text((left - 0.08) / width, (y + cell * h / w / 2) / height, rows[i], fontsize=8, ha="right", va="center")
+    return figure
+
+
+def save_metrics(run, folder, metrics, **facts):
+    """metrics.json in the epoch folder and, with facts of the whole run, in the run folder. metrics: name -> dict with
+    value, floor (trivial predictor), ceiling (real held-out data), better, n; None where one does not apply."""
+    order = ("value", "floor", "ceiling", "better", "n")
+    table = {k: {o: m.get(o) for o in order} for k, m in metrics.items()}
+    text = json.dumps(table, indent=1)
+    (Path(folder) / "metrics.json").write_text(text)
+    if run is not None:
+        facts = dict(facts, device=str(run.device), threads=torch.get_num_threads(), world=run.world)
+        (run.folder / "metrics.json").write_text(json.dumps({**table, **facts}, indent=1))
+
+
+def open_tensorboard(folder):
+    """A SummaryWriter in <run folder>/tensorboard, or None after one line when the optional package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("TENSORBOARD=True needs the optional package tensorboard (pip install tensorboard); log.csv is always written")
+        return None
+    return SummaryWriter(folder / "tensorboard")

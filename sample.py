@@ -1,0 +1,80 @@
+"""
+Draw samples from any checkpoint: it says which script made it, and with which settings.
+
+    python sample.py --checkpoint runs/stl10/last.pt                          # a few of everything
+    python sample.py --checkpoint runs/stl10/last.pt --prompt cat,ship --num-samples 8 --sampling-steps 50
+    python sample.py --checkpoint runs/stl10/last.pt SOLVER=ddim ETA=1        # any setting of that script as NAME=value
+    python sample.py --checkpoint runs/stl10/last.pt --full                   # all diagnostics of the run, the same bits
+    python sample.py --checkpoint runs/stl10/last.pt --export                 # the EMA weights alone, to publish
+
+The same seed gives the same picture here and in the run. Exit code 2 and one line for anything that cannot work.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+
+from common import fail, load_checkpoint, override, save_checkpoint, settings
+
+SCRIPTS = ("train_voxel_d3pm", "train_stl10", "train_3d_rflow", "train_world_model", "train_lm")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description="Draw samples from a checkpoint of any of the five scripts.",
+                                     epilog="NAME=value after the flags overrides any setting of the script.")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="last.pt, best.pt or epoch_NNNN.pt of a run folder")
+    parser.add_argument("--prompt", default="", help="what to draw: class names, separated by commas; empty: every class")
+    parser.add_argument("--size", default="", help="pixels a side, where the network can draw other sizes than it saw")
+    parser.add_argument("--num-samples", type=int, default=8, help="for each prompt")
+    parser.add_argument("--sampling-steps", type=int, help="instead of the STEPS of the run")
+    parser.add_argument("--guidance", type=float, help="instead of the GUIDANCE of the run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder; default: samples/ beside the checkpoint")
+    parser.add_argument("--full", action="store_true", help="redraw every metric and diagnostic of the run")
+    parser.add_argument("--export", action="store_true", help="write the averaged weights alone to ema.pt")
+    parser.add_argument("settings", nargs="*", metavar="NAME=value")
+    return parser.parse_args()
+
+
+def load(path, overrides=()):
+    """The script that made a checkpoint, as a module with the checkpoint's settings, and the checkpoint itself."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint["script"] not in SCRIPTS:
+        fail(f"{path} was made by {checkpoint['script']!r}, not by one of {', '.join(SCRIPTS)}")
+    script = importlib.import_module(checkpoint["script"])  # definitions only: training hides behind the main guard
+    unknown = sorted(checkpoint["settings"].keys() - settings(vars(script)).keys())
+    if unknown:
+        fail(f"{path} has settings this {checkpoint['script']}.py does not know ({', '.join(unknown)}): "
+             "use the copy of the script in its run folder")
+    vars(script).update(checkpoint["settings"])
+    override(vars(script), overrides)
+    return script, checkpoint
+
+
+def main():
+    args = parse()
+    overrides = list(args.settings)
+    for name, value in (("STEPS", args.sampling_steps), ("GUIDANCE", args.guidance), ("SIZE", args.size or None)):
+        if value is not None:
+            overrides.append(f"{name}={value}")
+    if args.num_samples < 1:
+        fail(f"--num-samples {args.num_samples}: at least 1")
+    script, checkpoint = load(args.checkpoint, overrides)
+    folder = args.out or args.checkpoint.parent / ("full" if args.full else "samples")
+    if args.export:
+        class Exported:  # save_checkpoint wants a run: only its name and settings
+            script, settings = checkpoint["script"], checkpoint["settings"]
+        keep = {k: v for k, v in checkpoint.items() if k in ("ema", "classes", "names", "step", "data")}
+        target = args.out or args.checkpoint.parent / "ema.pt"
+        if save_checkpoint(target, Exported, **keep):
+            print(f"wrote {target}")
+    elif args.full:
+        script.inference_full(checkpoint, folder)
+        print(f"wrote {folder}")
+    else:
+        script.save_samples(checkpoint, folder, args.prompt, args.num_samples, args.seed)
+        print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    main()
