@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -24,6 +25,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
@@ -70,7 +72,7 @@ def convert(name, text, default):
     if type(value) is not type(default):
         raise ValueError(f"{name} is {type(default).__name__} (default {default!r}), got {text!r}")
     if isinstance(default, tuple) and default and any(
-            isinstance(v, str) != isinstance(default[0], str) for v in value):
+            type(v) is not type(default[0]) and not (isinstance(default[0], float) and type(v) is int) for v in value):
         raise ValueError(f"{name} is a tuple like {default!r}, got {text!r}")
     return value
 
@@ -137,18 +139,22 @@ class Run:
 
     @contextlib.contextmanager
     def evaluation(self):
-        """Around code that reads the state but does not change it. The global RNG comes back as it was."""
-        self.interruptible = True
+        """Around code that reads the state but does not change it. The global RNG comes back as it was. A signal or a
+        full disk breaks it off without an exception."""
         try:
             with torch.random.fork_rng():
-                yield
+                self.interruptible = True
+                try:
+                    yield
+                finally:
+                    self.interruptible = False
         except Interrupted:
             pass  # the loop sees run.stopping() next
-        finally:
-            self.interruptible = False
+        except OSError as error:  # a full disk costs the report, never the run
+            print(f"\nreport not written ({error}); training goes on", flush=True)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # so that no `except Exception` on the way swallows it
     """Ctrl-C or SIGTERM while an evaluation ran."""
 
 
@@ -194,7 +200,8 @@ def start(script, namespace, free=()):
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(namespace["SEED"])
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # the others wait while rank 0 draws a report, however long; torchrun itself notices a dead rank
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     folder = Path(namespace["OUT"]) / name
     run = Run(Path(script).stem, now, folder, device, rank, world, None)
     if rank == 0:
@@ -222,14 +229,17 @@ def start(script, namespace, free=()):
                  + ", ".join(f"{k}: {old.get(k)!r} there, {now.get(k)!r} now" for k in differ)
                  + "); RESUME=False moves it aside and starts anew, OUT=... keeps both")
     if rank == 0:
-        for stray in folder.glob("*.tmp"):  # a save that a kill interrupted
-            stray.unlink()
-        write_changes(run, folder)
-        shutil.copy(script, folder / Path(script).name)
-        (folder / "settings.json").write_text(json.dumps(now, indent=1))
-        (folder / "environment.txt").write_text(
-            f"python {platform.python_version()}\ntorch {torch.__version__}\nnumpy {np.__version__}\n"
-            f"platform {platform.platform()}\ndevice {device}\nthreads {torch.get_num_threads()}\nworld {world}\n")
+        try:
+            for stray in folder.glob("*.tmp"):  # a save that a kill interrupted
+                stray.unlink()
+            write_changes(run, folder)
+            shutil.copy(script, folder / Path(script).name)
+            (folder / "settings.json").write_text(json.dumps(now, indent=1))
+            (folder / "environment.txt").write_text(
+                f"python {platform.python_version()}\ntorch {torch.__version__}\nnumpy {np.__version__}\n"
+                f"platform {platform.platform()}\ndevice {device}\nthreads {torch.get_num_threads()}\nworld {world}\n")
+        except OSError as error:
+            fail(f"cannot write the run folder {folder}: {error.strerror}; give another OUT")
         print(f"{run.script} on {device}" + (f" x {world}" if world > 1 else "") + ":",
               *(f"{k}={v!r}" for k, v in now.items()))
     catch_signals(run)
@@ -289,6 +299,17 @@ def verify(path):
         raise OSError(f"{bad} is damaged")
 
 
+def intact(path):
+    """True when the file is there and whole; says so when it is there and damaged."""
+    try:
+        if path.exists():
+            verify(path)
+        return path.exists()
+    except Exception as error:  # a flipped bit in a header surfaces as any of a dozen exceptions
+        print(f"\n{path} is damaged ({str(error)[:80]})", file=sys.stderr, flush=True)
+        return False
+
+
 def save_checkpoint(path, run, **state):
     """Write {script, settings, format, **state} so that a kill, a full disk or a bug can never cost the last good file:
     a temporary file beside it, flushed to the disk, read back, then renamed; the file before stays as *.prev.pt.
@@ -305,7 +326,8 @@ def save_checkpoint(path, run, **state):
             f.flush()
             os.fsync(f.fileno())
         verify(temporary)
-        if path.exists():
+        torch.load(temporary, mmap=True, weights_only=True)  # reads no weights, but refuses what we could not load
+        if intact(path):  # a damaged file must not push out the good one before it
             os.replace(path, previous)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # the rename itself must reach the disk; not every system can
@@ -316,9 +338,15 @@ def save_checkpoint(path, run, **state):
     except Exception as error:  # torch reports a full disk as RuntimeError, a bad value as pickling errors
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        print(f"\n{path.name} not written ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
+        print(f"\n{path.name} not written ({type(error).__name__}: {' '.join(str(error).split())[:120]}); "
               "the last good file stays, training goes on", flush=True)
         return False
+
+
+class Checkpoint(dict):
+    """What was saved. A key that is not there is the user's mistake: the file comes from other code."""
+    def __missing__(self, key):
+        fail(f"the checkpoint of {self['script']} has no {key!r}: it was not saved by this version of the script")
 
 
 def load_checkpoint(path, device="cpu", missing_ok=False):
@@ -329,22 +357,22 @@ def load_checkpoint(path, device="cpu", missing_ok=False):
         if not candidate.exists():
             continue
         found = True
-        try:
-            verify(candidate)
-        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-            print(f"{candidate} is damaged ({str(error)[:80]})", file=sys.stderr, flush=True)
+        if not intact(candidate):
             continue
         try:
             state = torch.load(candidate, map_location=device, weights_only=True)
-        except Exception as error:
+        except pickle.UnpicklingError as error:
             fail(f"{candidate} refused: it holds more than tensors and plain values ({str(error).splitlines()[0][:80]})")
+        except (RuntimeError, ValueError, EOFError) as error:  # a damaged header that the CRC does not cover
+            print(f"{candidate} is damaged ({str(error)[:80]})", file=sys.stderr, flush=True)
+            continue
         if not isinstance(state, dict) or not {"format", "script", "settings"} <= state.keys():
             fail(f"{candidate} is not a checkpoint of these scripts")
         if state["format"] > FORMAT:
             fail(f"{candidate} has format {state['format']}, this code reads up to {FORMAT}: update the code")
         if candidate != path:
             print(f"continuing from {candidate}", file=sys.stderr, flush=True)
-        return state
+        return Checkpoint(state)
     if missing_ok and not found:
         return None
     fail(f"no intact checkpoint: {path} " + ("and its .prev.pt are damaged; RESUME=False starts anew" if found
@@ -463,21 +491,36 @@ def guarded_step(optimizer, parameters, guard, loss, clip):
 
 
 # ---------------------------------------------------------------- logs and artifacts
+unwritten = set()  # logs whose last row was lost
+
+
 def open_log(path, step):
     """log.csv ready to append: what a resumed run will write again (rows after `step`) and any half line go."""
     if path.exists():
-        lines = path.read_text().split("\n")[:-1]  # what follows the last newline is half a line
-        kept = [line for i, line in enumerate(lines) if i == 0 or int(line.split(",")[0]) <= step]
+        lines = path.read_text(errors="replace").split("\n")[:-1]  # what follows the last newline is half a line
+        kept = [line for i, line in enumerate(lines) if i == 0 or line.split(",")[0].isdigit()
+                and int(line.split(",")[0]) <= step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, path)
 
 
 def log_row(path, **row):
-    """Append one line to a CSV in one write, so a kill never leaves half of it; the first call writes the header."""
+    """Append one line to a CSV in one write, so a kill never leaves half of it; the first call writes the header.
+    A full disk costs the row, never the run; it is said once."""
     line = ",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in row.values()) + "\n"
-    with open(path, "a") as f:
-        f.write((",".join(row) + "\n" if f.tell() == 0 else "") + line)
+    try:
+        with open(path, "ab", buffering=0) as f:
+            size = f.tell()
+            text = ((",".join(row) + "\n" if size == 0 else "") + line).encode()
+            if f.write(text) < len(text):
+                f.truncate(size)
+                raise OSError("the disk is full")
+        unwritten.discard(path)
+    except OSError as error:
+        if path not in unwritten:
+            print(f"\n{path} not written ({error}); training goes on", flush=True)
+        unwritten.add(path)
 
 
 def read_log(path):

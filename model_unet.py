@@ -188,6 +188,7 @@ class UNet(nn.Module):
         self.patch, self.factor, self.time_dim = patch, patch * 2 ** (len(mults) - 1), time_dim
         self.time = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.label = nn.Embedding(classes, time_dim) if classes else None
+        self.null = classes - 1  # the last row of the table means "no label"
         self.context_dim = context_dim
         self.stem = conv(c_in * patch**dims, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()

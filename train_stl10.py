@@ -2,29 +2,32 @@
 Image diffusion on ten labelled classes, in one file: pixels, v-prediction, classifier-free guidance.
 
     x_t = a x_0 + s eps                          t = 0 is data, t = 1 is noise; a^2 = alpha_bar, a^2 + s^2 = 1
-    v   = a eps - s x_0                          the network regresses v     L = E || v_hat(x_t, t, label) - v ||^2
+    v   = a eps - s x_0                          the network regresses v: L = E |v_hat(x_t, t, label) - v|^2
     x_0_hat = a x_t - s v_hat                    (Salimans & Ho 2022, appendix D; eps_hat = s x_t + a v_hat)
     x_0_hat <- x_0_null + w (x_0_label - x_0_null)      guidance             (Ho & Salimans 2022, eq. 6)
     x_u = a_u x_0_hat + sqrt(s_u^2 - S^2) eps_hat + S z,  S = ETA s_u/s sqrt(1 - (a/a_u)^2)
-                                                 one step t -> u; ETA=0: DDIM, ETA=1: DDPM (Song 2021, eq. 12 and 16)
+                                                 one step t -> u; ETA=0: DDIM, ETA=1: DDPM (Song 2021, eq. 12
+                                                 and 16)
 
-    python train_stl10.py                                   # ten drawn classes, 32x32, two CPU cores: see README
-    python train_stl10.py EPOCHS=400 OUT=runs_long          # the same for an hour
-    python train_stl10.py OVERFIT_TINY=8 EPOCHS=2000        # can it memorise 8 pictures? The first thing to try
-    python train_stl10.py DATA=folder SIZE=32               # your pictures: python -m data.stl10 import pictures/ folder
-    python -m data.stl10 download stl10                     # the real STL-10, 2.6 GB; then, on one GPU:
+    python train_stl10.py                               # ten drawn classes at 32x32 on two CPU cores
+    python train_stl10.py OVERFIT_TINY=8 EPOCHS=2000 EVAL_EVERY=1000 OUT=runs_tiny  # can it memorise?
+    python -m data.stl10 import pictures/ mine          # your own pictures, a folder for each class; then
+    python train_stl10.py DATA=mine SIZE=32 OUT=runs_mine
+    python -m data.stl10 download stl10                 # the real STL-10, 2.6 GB; then, on one GPU:
     torchrun --nproc_per_node=1 train_stl10.py DATA=stl10 SIZE=96 PATCH=1 WIDTH=128 MULTS=1,2,2,3 BLOCKS=2 \
-        ATTENTION=False,False,True,True SHIFT=1.5 BATCH_SIZE=128 LR=2e-4 EMA_DECAY=0.9999 EPOCHS=4000 EVAL_EVERY=200
-    python sample.py --checkpoint runs/stl10/last.pt --prompt cat --num-samples 8
-    python sample.py --checkpoint runs/stl10/last.pt --full # inference_full: every diagnostic again, the same bits
-
-Letters: B pictures in a batch, C H W their shape, K classes, null = K the label that means "no label", w guidance.
-Not here: latent space, text conditions, learned variances, likelihoods, Inception FID (no weights are downloaded:
-a small classifier trained on the run's own training pictures, the judge, gives accuracy and features).
+        ATTENTION=False,False,True,True SHIFT=1.5 BATCH_SIZE=128 LR=2e-4 EMA_DECAY=0.9999 EPOCHS=4000
+        EVAL_EVERY=200
+    python sample.py --checkpoint runs/stl10/last.pt --prompt cat --num-samples 8 python sample.py
+    --checkpoint runs/stl10/last.pt --full # inference_full: every diagnostic again, the same bits
+ Letters: B pictures in a batch, C H W their shape, K classes, null = K the label that means "no label", w
+guidance. Not here: latent space, text conditions, learned variances, likelihoods, Inception FID (no weights
+are downloaded: a small classifier trained on the run's own training pictures, the judge, gives accuracy and
+features).
 """
 
 import copy
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,7 +46,7 @@ from data import stl10
 from metrics import frechet, kid, memorisation, nearest, prdc, psnr
 from model_unet import UNet
 
-# ---------------------------------------------------------------- settings: edit here, or NAME=value on the command line
+# ---------------------------------------------------------------- settings: edit here, or give NAME=value
 DATA = "embedded"    # ten drawn classes; or a folder made by `python -m data.stl10 download|import`
 SIZE = 32            # side of the training pictures; must divide the stored side (96 for STL-10: 32, 48, 96)
 OVERFIT_TINY = 0     # train on the first N pictures only, without flips (the lab notes: 128); 0 = all
@@ -70,7 +73,7 @@ SOLVER = "dpm++"     # "dpm++" (2M), "ddim" (with ETA), "heun"
 STEPS = 20           # sampling steps; the lab notes: 500 with SOLVER=ddim ETA=1
 ETA = 0.0            # ddim only: 0 deterministic, 1 DDPM
 GUIDANCE = 2.0       # w: 1 = no guidance, 0 = no label. The sweep picture shows what more of it costs
-GUIDANCE_INTERVAL = (0.2, 5.0)  # noise levels s/a where guidance acts (Kynkaanniemi 2024); saves passes elsewhere
+GUIDANCE_INTERVAL = (0.2, 5.0)  # noise levels s/a where guidance acts (Kynkaanniemi 2024); saves passes
 RESCALE = 0.0        # share of x_0's own std restored after guidance (Lin 2023: 0.7)
 CLIP_X0 = "clip"     # "clip" to [-1, 1], "dynamic" threshold (Saharia 2022), or "none"
 SAMPLES = 1000       # pictures drawn for the numbers of the last report; the others use a fifth
@@ -89,13 +92,14 @@ RESUME = True        # continue OUT/stl10 when its settings agree; False moves i
 
 # ---------------------------------------------------------------- data
 def load_data(folder, device):
-    """Pictures as uint8 (N, 3, SIZE, SIZE) and labels (N,) on the device: x, y to train on, val held out of the
-    training split by a fixed hash, test for Frechet and friends only. Raises ValueError or OSError."""
+    """Pictures as uint8 (N, 3, SIZE, SIZE) and labels (N,) on the device: x, y to train on, val held out of
+    the training split by a fixed hash, test for Frechet and friends only. Raises ValueError or OSError."""
     x, y = stl10.load(folder, "train", SIZE)
     test_x, test_y = stl10.load(folder, "test", SIZE)
     held_out = stl10.validation_mask(y)
     data = SimpleNamespace(names=stl10.class_names(folder), hash=stl10.data_hash(folder))
-    parts = dict(x=x[~held_out], y=y[~held_out], val_x=x[held_out], val_y=y[held_out], test_x=test_x, test_y=test_y)
+    parts = dict(x=x[~held_out], y=y[~held_out], val_x=x[held_out], val_y=y[held_out],
+                 test_x=test_x, test_y=test_y)
     if OVERFIT_TINY:
         parts |= dict(x=x[:OVERFIT_TINY], y=y[:OVERFIT_TINY], val_x=x[:OVERFIT_TINY], val_y=y[:OVERFIT_TINY])
     vars(data).update({k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in parts.items()})
@@ -121,16 +125,22 @@ def to_picture(x):
     return ((x.float().clamp(-1, 1) + 1) / 2).movedim(-3, -1).cpu().numpy()
 
 
+def generator_of(*parts):
+    """A CPU generator seeded by its place in the run."""
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
 def draw_batch(data, step, attempt=0):
-    """Everything random about optimizer step `step`, for the whole effective batch of BATCH_SIZE ACCUM pictures:
-    x_0 (B, 3, H, W), labels (B,), t (B,), eps like x_0. A function of (SEED, step, attempt) alone, so a resumed run
-    repeats an unbroken one, and two processes see what one would. attempt counts rollbacks: another window of data."""
+    """Everything random about optimizer step `step`, for the whole effective batch of BATCH_SIZE ACCUM
+    pictures: x_0 (B, 3, H, W), labels (B,), t (B,), eps like x_0. A function of (SEED, step, attempt) alone,
+    so a resumed run repeats an unbroken one, and two processes see what one would. attempt counts rollbacks:
+    another window of data."""
     n, total, null = BATCH_SIZE * ACCUM, len(data.x), len(data.names)
-    g = torch.Generator().manual_seed(seed_of(SEED, "step", step, attempt))
+    g = generator_of(SEED, "step", step, attempt)
     # the data order is one endless stream of permutations, so that every batch is full
     place, index = step * n, []
     while len(index) < n:
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed_of(SEED, "order", place // total)))
+        order = torch.randperm(total, generator=generator_of(SEED, "order", place // total))
         index += order[place % total:][:n - len(index)].tolist()
         place = step * n + len(index)
     x_0, labels = to_float(data.x[index]), data.y[index]
@@ -148,8 +158,8 @@ def draw_batch(data, step, attempt=0):
 # ---------------------------------------------------------------- model
 def build_model(classes):
     """The U-Net with a label table of classes + 1 rows; the last row is null."""
-    return UNet(channels=3, dims=2, width=WIDTH, mults=MULTS, blocks=BLOCKS, attention=ATTENTION, classes=classes + 1,
-                patch=PATCH, dropout=DROPOUT, film=FILM)
+    return UNet(channels=3, dims=2, width=WIDTH, mults=MULTS, blocks=BLOCKS, attention=ATTENTION,
+                classes=classes + 1, patch=PATCH, dropout=DROPOUT, film=FILM)
 
 
 def autocast(device):
@@ -162,7 +172,8 @@ def autocast(device):
 
 
 class Judge(nn.Module):
-    """A small classifier: the only opinion on pictures in this file. x (B, 3, H, W) in [-1, 1] -> logits (B, K)."""
+    """A small classifier: the only opinion on pictures in this file. x (B, 3, H, W) in [-1, 1] -> logits (B,
+    K)."""
 
     def __init__(self, classes):
         super().__init__()
@@ -182,10 +193,10 @@ class Judge(nn.Module):
 
 
 def train_judge(data, folder, device, steps=600, batch=64, lr=4e-3):
-    """Train the judge on the training pictures (flips, shifts, label smoothing), or load it from the cache: once for
-    each data set and size. Half a minute on two CPU cores."""
+    """Train the judge on the training pictures (flips, shifts, label smoothing), or load it from the cache:
+    once for each data set and size. Half a minute on two CPU cores."""
     judge, path = Judge(len(data.names)).to(device).eval(), folder / f"judge_{data.hash}_{SIZE}.pt"
-    if path.exists():
+    if common.intact(path):
         judge.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return judge
     with torch.random.fork_rng():
@@ -221,9 +232,10 @@ def judged(judge, x):
 
 # ---------------------------------------------------------------- method: schedule and loss
 def schedule(t):
-    """a(t), s(t) in float64 for t in [0, 1], any shape. cosine: a = cos(pi t / 2), exactly no signal at t = 1 (Nichol
-    & Dhariwal 2021 without the offset). linear: DDPM's betas 1e-4 .. 0.02 over 1000 steps in continuous time, log a =
-    -(0.1 t + 9.95 t^2)/2 (Song 2021, eq. 33). SHIFT multiplies s/a (Hoogeboom 2023, eq. 3)."""
+    """a(t), s(t) in float64 for t in [0, 1], any shape. cosine: a = cos(pi t / 2), exactly no signal at t = 1
+    (Nichol & Dhariwal 2021 without the offset). linear: DDPM's betas 1e-4 .. 0.02 over 1000 steps in
+    continuous time, log a = -(0.1 t + 9.95 t^2)/2 (Song 2021, eq. 33). SHIFT multiplies s/a (Hoogeboom 2023,
+    eq. 3)."""
     t = torch.as_tensor(t, dtype=torch.float64)
     if SCHEDULE == "cosine":
         a, s = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
@@ -244,7 +256,8 @@ def time_of(q):
 
 
 def loss_fn(model, x_0, labels, t, eps):
-    """The v-loss of each picture, (B,): x_0, eps (B, C, H, W); labels (B,) with null for none; t (B,) in (0, 1]."""
+    """The v-loss of each picture, (B,): x_0, eps (B, C, H, W); labels (B,) with null for none; t (B,) in (0,
+    1]."""
     a, s = (c.to(x_0)[:, None, None, None] for c in schedule(t.cpu()))
     x_t = a * x_0 + s * eps
     v = a * eps - s * x_0
@@ -265,7 +278,8 @@ def guided_x_0(model, x, t, labels, w):
             x_0 = a * x - s * model(x, times, labels).float()
         else:
             null = torch.full_like(labels, model.null)
-            v, v_null = model(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, null])).float().chunk(2)
+            both = model(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, null]))
+            v, v_null = both.float().chunk(2)
             x_0, x_0_null = a * x - s * v, a * x - s * v_null
             guided = x_0_null + w[:, None, None, None] * (x_0 - x_0_null)
             ratio = x_0.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
@@ -283,8 +297,9 @@ def sample(model, labels, seeds, w=None, start=None, trajectory=False, chunk=64)
     """
     THE sampler: the loop, the metrics, every picture and sample.py come here.
 
-    labels  (N,) int64, null (= number of classes) for no label      seeds  N ints: one generator a picture, so a
-    w       guidance, float or (N,); default GUIDANCE                       picture does not depend on its batch
+    labels  (N,) int64, null (= number of classes) for no label
+    seeds   N ints: one generator a picture, so a picture does not depend on its batch
+    w       guidance, float or (N,): one scale for each picture; default GUIDANCE
     start   (x_t (N, C, H, W), t): begin there instead of pure noise at t = 1
     Returns x_0 (N, C, H, W) in [-1, 1]; with trajectory=True also lists of (t, x_t, x_0_hat) along the way.
     Raises ValueError for t outside (0, 1].
@@ -311,15 +326,15 @@ def sample(model, labels, seeds, w=None, start=None, trajectory=False, chunk=64)
             path.append(steps)
     x_0 = torch.cat(pieces)
     if trajectory:  # join the chunks: one list of (t, x_t, x_0_hat)
-        return x_0, [(s[0][0], torch.cat([p[1] for p in s]), torch.cat([p[2] for p in s])) for s in zip(*path)]
+        return x_0, [(same[0][0], *(torch.cat([p[k] for p in same]) for k in (1, 2))) for same in zip(*path)]
     return x_0
 
 
 def solve(model, x, t_first, labels, w, noise):
-    """Walk the uniform grid t_i = t_first (1 - i/STEPS); yields (t, x_t, x_0_hat), the last x_0_hat is the sample.
-    ddim: the update of the head docstring; eps_hat comes from the clipped x_0_hat, so x_t stays consistent.
-    dpm++: DPM-Solver++(2M) (Lu 2022, algorithm 2), l = log(a/s); at t = 1 l is -inf and the formulas fall back to
-    first order by themselves."""
+    """Walk the uniform grid t_i = t_first (1 - i/STEPS); yields (t, x_t, x_0_hat), the last x_0_hat is the
+    sample. ddim: the update of the head docstring; eps_hat comes from the clipped x_0_hat, so x_t stays
+    consistent. dpm++: DPM-Solver++(2M) (Lu 2022, algorithm 2), l = log(a/s); at t = 1 l is -inf and the
+    formulas fall back to first order by themselves."""
     grid = [t_first * (1 - i / STEPS) for i in range(STEPS + 1)]
     x_0_before, h_before = None, None
     for t, u in zip(grid, grid[1:]):
@@ -344,11 +359,13 @@ def solve(model, x, t_first, labels, w, noise):
 
 
 def solve_heun(model, x, t_first, labels, w, noise):
-    """Heun's second-order steps of dy/dq = (y - x_0_hat)/q in y = x/a, q = s/a over STEPS noise levels, then 0
-    (Karras 2022, algorithm 1 without churn, eq. 5 with rho = 7, q from 80 to 0.002): 2 STEPS - 1 evaluations."""
+    """Heun's second-order steps of dy/dq = (y - x_0_hat)/q in y = x/a, q = s/a over STEPS noise levels, then
+    0 (Karras 2022, algorithm 1 without churn, eq. 5 with rho = 7, q from 80 to 0.002): 2 STEPS - 1
+    evaluations."""
     a, s = (float(c) for c in schedule(t_first))
     top = min(80.0, s / a) if a > 0 else 80.0
-    q = [(top ** (1 / 7) + i / max(1, STEPS - 1) * (0.002 ** (1 / 7) - top ** (1 / 7))) ** 7 for i in range(STEPS)] + [0.0]
+    ramp = [i / max(1, STEPS - 1) for i in range(STEPS)]
+    q = [((1 - r) * top ** (1 / 7) + r * 0.002 ** (1 / 7)) ** 7 for r in ramp] + [0.0]
     y = x * math.sqrt(1 + q[0] ** 2) if a == 0 or s / a > 80 else x / a
 
     def x_0_hat(y, q):
@@ -368,13 +385,14 @@ def solve_heun(model, x, t_first, labels, w, noise):
 
 # ---------------------------------------------------------------- evaluation
 def reference(data, judge):
-    """What trivial predictors and real pictures get, computed once a run: rows that stand beside every number.
-    Losses by t bucket of the zero predictor, E v^2 = a^2 + s^2 E x_0^2, and of the best linear predictor (the
-    denoiser of a Gaussian with the training mean and covariance), both on held-out pictures; and pictures of one
-    full-covariance Gaussian per class: shapeless, yet the judge calls most of them right."""
+    """What trivial predictors and real pictures get, computed once a run: rows that stand beside every
+    number. Losses by t bucket of the zero predictor, E v^2 = a^2 + s^2 E x_0^2, and of the best linear
+    predictor (the denoiser of a Gaussian with the training mean and covariance), both on held-out pictures;
+    and pictures of one full-covariance Gaussian per class: shapeless, yet the judge calls most of them
+    right."""
     x, val = (to_float(u[:2000]).flatten(1).double() for u in (data.x, data.val_x))
     mean = x.mean(0)
-    values, vectors = torch.linalg.eigh((x - mean) @ (x - mean).T / len(x))  # Gram matrix: N x N, not pixels x pixels
+    values, vectors = torch.linalg.eigh((x - mean) @ (x - mean).T / len(x))  # N x N, not pixels x pixels
     keep = values > 1e-6 * values.max()
     axes = (x - mean).T @ vectors[:, keep] / (values[keep] * len(x)).sqrt()  # (pixels, rank), orthonormal
     power = (val - mean).square().sum(1).mean() / x.shape[1]
@@ -407,16 +425,18 @@ def reference(data, judge):
     real, probabilities = judged(judge, to_float(data.test_x))
     soup_features, soup_probabilities = judged(judge, soup)
     order = torch.randperm(len(data.x), generator=g)[:len(data.test_x)]
+    train, _ = judged(judge, to_float(data.x[order.to(data.x.device)]))
     return SimpleNamespace(
-        zero=zero, linear=linear, soup=soup_features, test=real, train=judged(judge, to_float(data.x[order.to(data.x.device)]))[0],
+        zero=zero, linear=linear, soup=soup_features, test=real, train=train,
         accuracy=float((probabilities.argmax(1) == data.test_y).float().mean()),
         soup_accuracy=float((soup_probabilities.argmax(1).cpu() == labels).float().mean()))
 
 
 @torch.no_grad()
 def losses_by_t(model, data, count=500):
-    """v-loss on held-out pictures in 10 buckets of t, the same t and eps for three label choices: (3, 10) array of
-    the right label, null, and a wrong label. Rows 2 - 1 and 3 - 1 say what a label is worth (label gain)."""
+    """v-loss on held-out pictures in 10 buckets of t, the same t and eps for three label choices: (3, 10)
+    array of the right label, null, and a wrong label. Rows 2 - 1 and 3 - 1 say what a label is worth (label
+    gain)."""
     g = torch.Generator().manual_seed(seed_of(SEED, "val"))
     x_0, y, K = to_float(data.val_x[:count]), data.val_y[:count], len(data.names)
     wrong = (y + 1 + torch.randint(K - 1, (len(y),), generator=g).to(y.device)) % K if K > 1 else y
@@ -426,9 +446,9 @@ def losses_by_t(model, data, count=500):
         t, eps = t.clamp(min=0.001).to(x_0.device), torch.randn(x_0.shape, generator=g).to(x_0.device)
         for row, labels in enumerate((y, torch.full_like(y, K), wrong)):
             with autocast(x_0.device):
-                total = sum(loss_fn(model, x_0[i:i + 64], labels[i:i + 64], t[i:i + 64], eps[i:i + 64]).double().sum()
-                            for i in range(0, len(y), 64))
-            table[row, bucket] = total.cpu() / len(y)
+                parts = zip(*(z.split(64) for z in (x_0, labels, t, eps)))
+                losses = [loss_fn(model, *part) for part in parts]
+            table[row, bucket] = torch.cat(losses).double().mean().cpu()
     return table.numpy()
 
 
@@ -442,9 +462,14 @@ def sharpness(x):
     return float((x[..., 1:] - x[..., :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean())
 
 
+def saturation(x):
+    """Share of values at the end of the range: too much guidance drives colours there."""
+    return float((x.abs() > 0.95).float().mean())
+
+
 def evaluate(model, data, judge, ref, count):
-    """Every number, beside its floor (trivial predictor) and ceiling (held-out real pictures), on `count` samples of
-    the EMA model. Returns (metrics, arrays for the pictures)."""
+    """Every number, beside its floor (trivial predictor) and ceiling (held-out real pictures), on `count`
+    samples of the EMA model. Returns (metrics, arrays for the pictures)."""
     K, device = len(data.names), data.x.device
     table = losses_by_t(model, data)
     gain, wrong_gap = table[1] - table[0], table[2] - table[0]
@@ -455,7 +480,7 @@ def evaluate(model, data, judge, ref, count):
         (labels.cpu(), probabilities.argmax(1).cpu()), torch.tensor(1), accumulate=True)
     accuracy = float(confusion.diag().sum()) / count
 
-    n = min(count, len(ref.test), len(ref.train))  # equal numbers on both sides: the bias of Frechet depends on them
+    n = min(count, len(ref.test), len(ref.train))  # equal on both sides: the bias of Frechet depends on it
     fake, real, train, soup = features[:n], ref.test[:n], ref.train[:n], ref.soup[:n]
     p, p_soup, p_real = prdc(real, fake), prdc(real, soup), prdc(real, train)
     kids = [kid(real, other) for other in (fake, soup, train)]
@@ -474,7 +499,7 @@ def evaluate(model, data, judge, ref, count):
         class_accuracy_gaussian=row(ref.soup_accuracy, 1 / K, ref.accuracy, "higher", len(ref.soup)),
         frechet=row(frechet(real, fake), frechet(real, soup), frechet(real, train), "lower"),
         kid=row(kids[0][0], kids[1][0], kids[2][0], "lower"),
-        **{k: row(p[k], p_soup[k], p_real[k], "higher") for k in ("precision", "recall", "density", "coverage")},
+        **{k: row(p[k], p_soup[k], p_real[k], "higher") for k in p},
         label_gain=row(gain.mean(), 0.0, None, "higher", len(data.val_x)),
         label_gain_min=row(gain[3:].min(), 0.0, None, "higher", len(data.val_x)),
         wrong_label_gap=row(wrong_gap.mean(), 0.0, None, "higher", len(data.val_x)),
@@ -482,24 +507,24 @@ def evaluate(model, data, judge, ref, count):
         memorised_ratio=row(copies["ratio"], 1.0, None, "lower", count),
         authentic=row(copies["authentic"], 0.0, None, "higher", count),
         mann_whitney_z=row(copies["mann_whitney_z"], None, 0.0, "higher", count),
-        sharpness=row(sharpness(x) / sharpness(real_x), sharpness(to_float(data.x[:1]) * 0), 1.0, "near 1", count),
-        saturation=row(float((x.abs() > 0.95).float().mean()), None, float((real_x.abs() > 0.95).float().mean()),
-                       "near ceiling", count))
-    return metrics, SimpleNamespace(x=x, labels=labels, table=table, confusion=confusion.numpy(), features=features,
-                                    train_pixels=train_pixels)
+        sharpness=row(sharpness(x) / sharpness(real_x), 0.0, 1.0, "near ceiling", count),
+        saturation=row(saturation(x), None, saturation(real_x), "near ceiling", count))
+    return metrics, SimpleNamespace(x=x, labels=labels, table=table, confusion=confusion.numpy(),
+                                    features=features, train_pixels=train_pixels)
 
 
 # ---------------------------------------------------------------- pictures
-def recipe(w=None, steps=True):
+def recipe():
     """One line for every title: how these pictures were drawn."""
     eta = f" eta {ETA:g}" if SOLVER == "ddim" else ""
-    return (f"EMA, {SIZE} px" + (f", {SOLVER}{eta} {STEPS} steps" if steps else "")
-            + f", w {GUIDANCE if w is None else w:g} for s/a in ({GUIDANCE_INTERVAL[0]:g}, {GUIDANCE_INTERVAL[1]:g}]")
+    low, high = GUIDANCE_INTERVAL
+    return f"EMA, {SIZE} px, {SOLVER}{eta} {STEPS} steps, w {GUIDANCE:g} for s/a in ({low:g}, {high:g}]"
 
 
 def report(folder, model, data, judge, ref, epoch, count, log=None, board=None):
-    """All metrics and diagnostics of one epoch: PNG for people, NPY for programs. Deterministic, and the global RNG is
-    not used: a report changes nothing in training, and inference_full repeats it bit for bit. Returns the metrics."""
+    """All metrics and diagnostics of one epoch: PNG for people, NPY for programs. Deterministic, and the
+    global RNG is not used: a report changes nothing in training, and inference_full repeats it bit for bit.
+    Returns the metrics."""
     metrics, arrays = evaluate(model, data, judge, ref, count)
     folder.mkdir(parents=True, exist_ok=True)
     common.save_metrics(None, folder, metrics)
@@ -521,14 +546,14 @@ def report(folder, model, data, judge, ref, epoch, count, log=None, board=None):
         for name, m in metrics.items():
             board.add_scalar(f"eval/{name}", m["value"], epoch)
         board.add_image("grid", plt.imread(folder / "grid.png")[..., :3], epoch, dataformats="HWC")
-        board.add_embedding(model.label.weight, metadata=[*data.names, "null"], global_step=epoch, tag="labels")
+        board.add_embedding(model.label.weight, [*data.names, "null"], global_step=epoch, tag="labels")
         board.flush()
     return metrics
 
 
 def draw_grid(folder, model, data, judge, epoch, metrics, seeds=8):
-    """Class x seed matrix: the same noises in every row, so what differs down a column is the label alone. Titles:
-    asked -> what the judge sees, and how sure it is. The last row has no label."""
+    """Class x seed matrix: the same noises in every row, so what differs down a column is the label alone.
+    Titles: asked -> what the judge sees, and how sure it is. The last row has no label."""
     K, device = len(data.names), data.x.device
     labels = torch.arange(K + 1, device=device).repeat_interleave(seeds)
     x = sample(model, labels, [seed_of(SEED, "grid", i) for i in range(seeds)] * (K + 1))
@@ -536,21 +561,23 @@ def draw_grid(folder, model, data, judge, epoch, metrics, seeds=8):
     best = probabilities.max(1)
     titles = [f"{data.names[k]} {p:.2f}" for p, k in zip(best.values.tolist(), best.indices.tolist())]
     by_label = features.view(K + 1, seeds, -1)[:K]
-    ratio = float(by_label.var(0, correction=0).sum() / by_label.var(1, correction=0).sum().clamp(min=1e-12) / seeds * K)
+    across_labels, across_seeds = (by_label.var(d, correction=0).mean() for d in (0, 1))
+    ratio = across_labels.sum() / across_seeds.sum().clamp(min=1e-12)
     figure = tile(to_picture(x).reshape(K + 1, seeds, *x.shape[2:], 3), rows=[*data.names, "no label"],
                   titles=np.array(titles).reshape(K + 1, seeds), columns=[f"seed {i}" for i in range(seeds)],
                   title=f"epoch {epoch}: {recipe()}; class accuracy {metrics['class_accuracy']['value']:.2f}"
-                        f" (real {metrics['class_accuracy']['ceiling']:.2f}); label/seed variance {ratio:.2f}")
+                        f"; variance over labels / over seeds {ratio:.2f}")
     save_artifact(folder, "grid", x.cpu(), figure)
 
 
 def draw_collage(folder, model, data, epoch, columns=10):
-    """Denoising: a class a row, time runs from noise to data; upper lines x_t, lower lines the one-step guess x_0_hat."""
+    """Denoising: a class a row, time runs from noise to data; upper lines x_t, lower lines the one-step guess
+    x_0_hat."""
     K = len(data.names)
     labels = torch.arange(K, device=data.x.device)
     _, path = sample(model, labels, [seed_of(SEED, "collage", i) for i in range(K)], trajectory=True)
     chosen = [path[round(i * (len(path) - 1) / (columns - 1))] for i in range(columns)]
-    stack = torch.stack([torch.stack([x_t, x_0]) for _, x_t, x_0 in chosen], dim=2)  # (2, K, columns, C, H, W)
+    stack = torch.stack([torch.stack(step[1:]) for step in chosen], dim=2)  # (2, K, columns, C, H, W)
     rows = stack.transpose(0, 1).flatten(0, 1)  # x_t and x_0_hat of a class below each other
     figure = tile(to_picture(rows / rows.abs().amax((-1, -2, -3), keepdim=True).clamp(min=1)), cell=0.7,
                   rows=[n for name in data.names for n in (f"{name}  x_t", "x_0_hat")],
@@ -558,12 +585,13 @@ def draw_collage(folder, model, data, epoch, columns=10):
     save_artifact(folder, "collage", stack.cpu(), figure)
 
 
-def draw_reconstructions(folder, model, data, epoch, count=8, t_one=0.8, sweep=(0.2, 0.4, 0.6, 0.8, 0.9, 1.0)):
-    """Noise a held-out picture to t, then denoise it. recon: at one t, with the one-step guess. recon_sweep: over t;
-    at t = 1 nothing of the original is left, so that column is plain generation."""
+def draw_reconstructions(folder, model, data, epoch, count=8, t_one=0.8, sweep=(.2, .4, .6, .8, .9, 1.)):
+    """Noise a held-out picture to t, then denoise it. recon: at one t, with the one-step guess. recon_sweep:
+    over t; at t = 1 nothing of the original is left, so that column is plain generation."""
     x_0, y = to_float(data.val_x[:count]), data.val_y[:count]
     seeds = [seed_of(SEED, "recon", i) for i in range(len(y))]
-    eps = torch.stack([torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]).to(x_0.device)
+    g = generator_of(SEED, "recon noise")
+    eps = torch.randn(x_0.shape, generator=g).to(x_0.device)
     results = {}
     for t in sorted({*sweep, t_one}):
         a, s = (float(c) for c in schedule(t))
@@ -575,55 +603,61 @@ def draw_reconstructions(folder, model, data, epoch, count=8, t_one=0.8, sweep=(
         pair = [z.flatten(1) - z.flatten(1).mean(1, keepdim=True) for z in (x_0, x)]
         return F.cosine_similarity(*pair, dim=1)
 
+    def quality(x):
+        return [f"{p:.1f} dB r {c:.2f}" for p, c in zip(psnr(x, x_0, 2.0).tolist(), correlation(x).tolist())]
+
     a, x_t, guess, out = results[t_one]
     rows = torch.stack([x_0, x_t / x_t.abs().amax((1, 2, 3), keepdim=True), guess, out])
-    titles = [[data.names[k] for k in y.tolist()], [""] * len(y)] + [
-        [f"{p:.1f} dB r {c:.2f}" for p, c in zip(psnr(x, x_0, 2.0).tolist(), correlation(x).tolist())] for x in (guess, out)]
+    titles = [[data.names[k] for k in y.tolist()], [""] * len(y), quality(guess), quality(out)]
     save_artifact(folder, "recon", rows.cpu(), tile(
         to_picture(rows), titles=titles, rows=["original", f"x_t, t={t_one}", "one step", "sampled"],
         title=f"epoch {epoch}: reconstruction from t = {t_one}, a = {a:.3f}; {recipe()}"))
     rows = torch.stack([x_0] + [results[t][3] for t in sweep], dim=1)
-    names = ["original"] + [f"t={t:g} r {correlation(results[t][3]).mean():.2f}" if t < 1 else "t=1: generation" for t in sweep]
+    kept = {t: correlation(results[t][3]).mean() for t in sweep}
+    names = ["original"] + [f"t={t:g} r {kept[t]:.2f}" if t < 1 else "t=1: generation" for t in sweep]
     save_artifact(folder, "recon_sweep", rows.cpu(), tile(
         to_picture(rows), rows=[data.names[k] for k in y.tolist()], columns=names,
         title=f"epoch {epoch}: noised to t and sampled back; mean correlation r; {recipe()}"))
 
 
 def draw_one_step(folder, model, data, epoch):
-    """x_0_hat at t = 1 with each label beside the mean picture of that class, which is the right answer there: the
-    quickest check that high noise is trained and labels are used."""
+    """x_0_hat at t = 1 with each label beside the mean picture of that class, which is the right answer
+    there: the quickest check that high noise is trained and labels are used."""
     K, device = len(data.names), data.x.device
-    noise = torch.randn(3, *data.x.shape[2:], generator=torch.Generator().manual_seed(seed_of(SEED, "one step")))
+    noise = torch.randn(data.x.shape[1:], generator=generator_of(SEED, "one step"))
     x = noise.to(device).expand(K, -1, -1, -1)
     with torch.no_grad():
         guess = guided_x_0(model, x, 1.0, torch.arange(K, device=device), torch.ones(K, device=device))
-    mean = torch.stack([to_float(data.x[data.y == k]).mean(0) if bool((data.y == k).any()) else x[0] * 0 for k in range(K)])
+    mean = torch.stack([to_float(data.x[data.y == k]).mean(0).nan_to_num() for k in range(K)])
     r = F.cosine_similarity(guess.flatten(1) - guess.mean(), mean.flatten(1) - mean.mean(), dim=1)
     rows = torch.stack([guess, mean])
     save_artifact(folder, "onestep", rows.cpu(), tile(
-        to_picture(rows), rows=["x_0_hat at t=1", "class mean"], columns=[f"{n} r {c:.2f}" for n, c in zip(data.names, r.tolist())],
+        to_picture(rows), rows=["x_0_hat at t=1", "class mean"],
+        columns=[f"{name} r {c:.2f}" for name, c in zip(data.names, r.tolist())],
         title=f"epoch {epoch}: one step from pure noise beside the class mean picture, no guidance"))
 
 
 def draw_loss_by_t(folder, table, ref, epoch):
-    """Held-out loss in ten buckets of t beside the zero and the best linear predictor, and what a label is worth."""
+    """Held-out loss in ten buckets of t beside the zero and the best linear predictor, and what a label is
+    worth."""
     middle = (np.arange(10) + 0.5) / 10
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     left.plot(middle, ref.zero, ":", color="gray", label=f"zero predictor {ref.zero.mean():.3f}")
-    left.plot(middle, ref.linear, "--", color="tab:orange", label=f"best linear predictor {ref.linear.mean():.3f}")
+    left.plot(middle, ref.linear, "--", color="tab:orange", label=f"best linear {ref.linear.mean():.3f}")
     left.plot(middle, table[0], "o-", label=f"model {table[0].mean():.4f}")
-    left.set(yscale="log", xlabel="t (0 data, 1 noise)", ylabel="held-out v-loss", title=f"epoch {epoch}: loss by t")
+    left.set(yscale="log", xlabel="t (0 data, 1 noise)", ylabel="held-out v-loss", title=f"epoch {epoch}")
     right.axhline(0, color="gray", lw=0.8)
     right.plot(middle, table[1] - table[0], "o-", label="L(no label) - L(label)")
     right.plot(middle, table[2] - table[0], "s-", label="L(wrong label) - L(label)")
-    right.set(xlabel="t", title="label gain: above 0 the label is used", yscale="symlog")
+    right.set(xlabel="t", title="label gain: above 0 the label is used")
     right.set_yscale("symlog", linthresh=1e-3)
     left.legend(fontsize=8), right.legend(fontsize=8), figure.tight_layout()
     save_artifact(folder, "loss_by_t", np.concatenate([table, ref.zero[None], ref.linear[None]]), figure)
 
 
 def draw_sweep(folder, model, data, judge, ref, epoch, count):
-    """Guidance against quality: accuracy and precision keep rising with w while recall falls and colours saturate."""
+    """Guidance against quality: accuracy and precision keep rising with w while recall falls and colours
+    saturate."""
     K, rows, pictures = len(data.names), [], []
     labels = torch.arange(count, device=data.x.device) % K
     seeds = [seed_of(SEED, "sweep", i) for i in range(count)]
@@ -632,21 +666,21 @@ def draw_sweep(folder, model, data, judge, ref, epoch, count):
         x = sample(model, labels, seeds, w=w)
         features, probabilities = judged(judge, x)
         p = prdc(ref.test[:n], features[:n])
-        rows.append([w, float((probabilities.argmax(1) == labels).float().mean()), frechet(ref.test, features),
-                     p["precision"], p["recall"], float((x.abs() > 0.95).float().mean()), sharpness(x)])
+        accuracy = float((probabilities.argmax(1) == labels).float().mean())
+        rows.append([w, accuracy, frechet(ref.test, features), p["precision"], p["recall"], saturation(x)])
         pictures.append(x[:min(K, count)])
     rows = np.array(rows)
-    real = to_float(data.test_x)
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
     axes[0].plot(rows[:, 0], rows[:, 1], "o-", label="class accuracy")
     axes[0].plot(rows[:, 0], rows[:, 3], "s-", label="precision")
     axes[0].plot(rows[:, 0], rows[:, 4], "^-", label="recall")
     axes[0].axhline(ref.accuracy, ls=":", color="gray", label="accuracy on real")
     axes[1].plot(rows[:, 0], rows[:, 2], "o-", label=f"Frechet, {count} samples")
-    axes[1].axhline(frechet(ref.test, ref.train[:count]), ls=":", color="gray", label=f"{count} real training pictures")
-    axes[1].axhline(frechet(ref.test, ref.soup[:count]), ls="--", color="tab:orange", label="a Gaussian per class")
+    real, soup = (frechet(ref.test, other[:count]) for other in (ref.train, ref.soup))
+    axes[1].axhline(real, ls=":", color="gray", label=f"{count} real pictures")
+    axes[1].axhline(soup, ls="--", color="tab:orange", label="Gaussian per class")
     axes[2].plot(rows[:, 0], rows[:, 5], "o-", label="share of |x| > 0.95")
-    axes[2].axhline(float((real.abs() > 0.95).float().mean()), ls=":", color="gray", label="real")
+    axes[2].axhline(saturation(to_float(data.test_x)), ls=":", color="gray", label="real")
     for ax in axes:
         ax.set(xlabel="guidance w", xscale="log", xticks=list(SWEEP), xticklabels=[f"{w:g}" for w in SWEEP])
         ax.minorticks_off()
@@ -662,13 +696,14 @@ def draw_sweep(folder, model, data, judge, ref, epoch, count):
 
 
 def draw_neighbours(folder, arrays, data, epoch, count=8, k=3):
-    """The samples most like a training picture (flips count) beside their nearest ones: copying would show here."""
-    both = torch.cat([arrays.train_pixels, flat(to_float(data.x).flip(-1))])
-    distance, index = nearest(flat(arrays.x), both, k=k)
-    order = distance[:, 0].argsort()[:count].to(index.device)
-    pictures = torch.cat([to_float(data.x), to_float(data.x).flip(-1)])[index[order].to(data.x.device)]  # (count, k, C, H, W)
-    rows = torch.cat([arrays.x[order.to(arrays.x.device)][:, None], pictures], dim=1)
-    titles = [[data.names[arrays.labels[i]]] + [f"{d:.3f}" for d in distance[i].tolist()] for i in order.tolist()]
+    """The samples most like a training picture (flips count) beside their nearest ones: copying would show
+    here."""
+    both = torch.cat([to_float(data.x), to_float(data.x).flip(-1)])
+    distance, index = nearest(flat(arrays.x), flat(both), k=k)
+    order = distance[:, 0].argsort()[:count].to(both.device)
+    index = index.to(both.device)[order]
+    rows = torch.cat([arrays.x[order][:, None], both[index]], dim=1)  # (count, 1 + k, C, H, W)
+    titles = [[data.names[arrays.labels[i]], *(f"{d:.3f}" for d in distance[i])] for i in order.tolist()]
     save_artifact(folder, "neighbours", rows.cpu(), tile(
         to_picture(rows), titles=titles, columns=["sample"] + [f"train {i + 1}" for i in range(k)],
         title=f"epoch {epoch}: closest of {len(arrays.x)}; rms distance"))
@@ -685,7 +720,8 @@ def tsne(x, perplexity, steps=500, rate=None):
             beta = math.sqrt(low * high)
             p = np.exp(-(others - others.min()) * beta)
             p /= p.sum()
-            low, high = (beta, high) if -(p * np.log(p + 1e-300)).sum() > math.log(perplexity) else (low, beta)
+            entropy = -(p * np.log(p + 1e-300)).sum()
+            low, high = (beta, high) if entropy > math.log(perplexity) else (low, beta)
         conditional[i, np.arange(n) != i] = p
     p = np.maximum((conditional + conditional.T) / (2 * n), 1e-12)
     y = pca(x)
@@ -707,8 +743,15 @@ def pca(x):
     return y * np.sign(y[np.abs(y).argmax(0), [0, 1]])
 
 
+def name_axes(ax, names):
+    """Class names along both axes of a matrix picture."""
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+
+
 def draw_labels(folder, model, data, epoch):
-    """The label table: PCA and cosines, and the t-SNE of the lab notes, which of eleven points alone means little."""
+    """The label table: PCA and cosines, and the t-SNE of the lab notes, which of eleven points alone means
+    little."""
     table = model.label.weight.detach().float().cpu().double().numpy()
     names = [*data.names, "null"]
     centred = table - table.mean(0)
@@ -717,14 +760,15 @@ def draw_labels(folder, model, data, epoch):
     flat_map, few = pca(table), min(3, (len(table) - 1) / 3)
     embedded = tsne(table, few)
     for ax, y, title in ((axes[0], flat_map, "PCA: read this one"),
-                         (axes[1], embedded, f"t-SNE, perplexity {few:.2g}: {len(table)} points only, distances mean little")):
+                         (axes[1], embedded, f"t-SNE of only {len(table)} points: distances mean little")):
         ax.scatter(*y.T, c=np.arange(len(y)), cmap="tab20")
         for name, place in zip(names, y):
             ax.annotate(name, place, fontsize=8, xytext=(3, 3), textcoords="offset points")
         ax.set_title(title, fontsize=9), ax.set_xticks([]), ax.set_yticks([])
     shown = axes[2].imshow(unit @ unit.T, vmin=-1, vmax=1, cmap="RdBu_r")
-    axes[2].set_xticks(range(len(names)), names, rotation=90, fontsize=7), axes[2].set_yticks(range(len(names)), names, fontsize=7)
-    axes[2].set_title("cosines of the centred rows", fontsize=9), figure.colorbar(shown, ax=axes[2], shrink=0.8)
+    name_axes(axes[2], names)
+    axes[2].set_title("cosines of the centred rows", fontsize=9)
+    figure.colorbar(shown, ax=axes[2], shrink=0.8)
     figure.suptitle(f"epoch {epoch}: label embeddings", fontsize=10), figure.tight_layout()
     save_artifact(folder, "labels", np.stack([flat_map, embedded]), figure)
 
@@ -734,12 +778,13 @@ def draw_features(folder, arrays, ref, epoch, count=300):
     n = min(count, len(arrays.features), len(ref.test))
     if n < 20:
         return
-    y = tsne(torch.cat([ref.test[:n], arrays.features[:n]]).double().cpu().numpy(), perplexity=min(30, n / 4), steps=300)
+    both, few = torch.cat([ref.test[:n], arrays.features[:n]]).double().cpu().numpy(), min(30, n / 4)
+    y = tsne(both, few, steps=300)
     figure, ax = plt.subplots(figsize=(5.5, 5))
     ax.scatter(*y[:n].T, s=8, color="gray", label="held-out real")
     ax.scatter(*y[n:].T, s=8, c=arrays.labels[:n].cpu(), cmap="tab10", label="generated, by label")
-    ax.set_title(f"epoch {epoch}: t-SNE of judge features, perplexity {min(30, n / 4):.0f}", fontsize=9), ax.legend(fontsize=8)
-    ax.set_xticks([]), ax.set_yticks([]), figure.tight_layout()
+    ax.set_title(f"epoch {epoch}: t-SNE of judge features, perplexity {few:.0f}", fontsize=9)
+    ax.set_xticks([]), ax.set_yticks([]), ax.legend(fontsize=8), figure.tight_layout()
     save_artifact(folder, "features", y, figure)
 
 
@@ -750,10 +795,12 @@ def draw_confusion(folder, confusion, data, metrics, epoch):
     for i, line in enumerate(confusion):
         for j, n in enumerate(line):
             if n:
-                ax.text(j, i, n, ha="center", va="center", fontsize=7, color="white" if n > confusion[i].sum() / 2 else "black")
-    ax.set_xticks(range(len(data.names)), data.names, rotation=90, fontsize=8), ax.set_yticks(range(len(data.names)), data.names, fontsize=8)
+                dark = n > line.sum() / 2
+                ax.text(j, i, n, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    name_axes(ax, data.names)
+    accuracy = metrics["class_accuracy"]
     ax.set(xlabel="judged as", ylabel="asked for")
-    ax.set_title(f"epoch {epoch}: accuracy {metrics['class_accuracy']['value']:.3f}, on real {metrics['class_accuracy']['ceiling']:.3f}", fontsize=9)
+    ax.set_title(f"epoch {epoch}: accuracy {accuracy['value']:.3f}, real {accuracy['ceiling']:.3f}", size=9)
     figure.tight_layout()
     save_artifact(folder, "confusion", confusion, figure)
 
@@ -769,7 +816,8 @@ def draw_schedule(folder):
     right = ax.twinx()
     right.plot(t, 2 * np.log(a / s), ":", color="gray")
     right.set_ylabel("log SNR (dotted)")
-    ax.set(xlabel="t", title=f"{SCHEDULE} schedule, shift {SHIFT:g}"), ax.legend(fontsize=7), figure.tight_layout()
+    ax.set(xlabel="t", title=f"{SCHEDULE} schedule, shift {SHIFT:g}")
+    ax.legend(fontsize=7), figure.tight_layout()
     save_artifact(folder, "schedule", np.stack([t, a, s]), figure)
 
 
@@ -781,12 +829,14 @@ def draw_curves(folder, log, ref, epoch):
     step, loss = log["step"], log["loss"]
     width = max(1, len(loss) // 100)
     smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-    left.plot(step, loss, color="lightgray", lw=0.5), left.plot(step[width - 1:], smooth, label=f"train, mean of {width}")
+    left.plot(step, loss, color="lightgray", lw=0.5)
+    left.plot(step[width - 1:], smooth, label=f"train, mean of {width}")
     left.axhline(ref.zero.mean(), ls=":", color="gray", label="zero predictor")
     left.axhline(ref.linear.mean(), ls="--", color="tab:orange", label="best linear predictor")
     left.set(yscale="log", xlabel="step", ylabel="v-loss", title=f"epoch {epoch}"), left.legend(fontsize=7)
     middle.plot(step, log["lr"]), middle.set(xlabel="step", title="learning rate")
-    right.plot(step, log["grad_norm"], lw=0.5), right.set(xlabel="step", yscale="log", title="gradient norm before clipping")
+    right.plot(step, log["grad_norm"], lw=0.5)
+    right.set(xlabel="step", yscale="log", title="gradient norm before clipping")
     figure.tight_layout()
     save_artifact(folder, "curves", np.stack([step, loss, log["lr"], log["grad_norm"]]), figure)
 
@@ -794,27 +844,30 @@ def draw_curves(folder, log, ref, epoch):
 # ---------------------------------------------------------------- training
 def check_settings(world=1):
     """One line for a value that cannot work, before anything is written."""
-    factor = PATCH * 2 ** (len(MULTS) - 1)
+    levels, factor = len(MULTS), PATCH * 2 ** (len(MULTS) - 1)
+    choices = dict(SCHEDULE=("cosine", "linear"), SOLVER=("dpm++", "ddim", "heun"),
+                   CLIP_X0=("clip", "dynamic", "none"), PRECISION=("auto", "bf16", "fp32"))
+    for name, allowed in choices.items():
+        if globals()[name] not in allowed:
+            fail(f"{name}={globals()[name]!r}: one of {', '.join(allowed)}")
+    for name in "SIZE EPOCHS BATCH_SIZE ACCUM LR WIDTH BLOCKS PATCH STEPS EVAL_EVERY".split():
+        if globals()[name] <= 0:
+            fail(f"{name}={globals()[name]} must be above 0")
+    if SAMPLES < 10:
+        fail(f"SAMPLES={SAMPLES}: the numbers of a report need at least 10 pictures")
     if SIZE % factor:
-        fail(f"SIZE={SIZE} does not divide by {factor} (PATCH={PATCH} times 2 for each of the {len(MULTS) - 1} halvings of MULTS)")
-    if len(ATTENTION) != len(MULTS):
-        fail(f"ATTENTION={ATTENTION} needs one True or False for each of the {len(MULTS)} levels of MULTS={MULTS}")
+        fail(f"SIZE={SIZE} does not divide by {factor}: PATCH={PATCH}, {levels - 1} halvings in {MULTS=}")
+    if len(ATTENTION) != levels:
+        fail(f"ATTENTION={ATTENTION} needs one True or False for each level of MULTS={MULTS}")
     if any(WIDTH * m % 8 for m in MULTS):
-        fail(f"WIDTH={WIDTH} times every one of MULTS={MULTS} must be divisible by 8, the groups of the norms")
+        fail(f"WIDTH={WIDTH} times each of MULTS={MULTS} must be divisible by 8, the groups of the norms")
     if BATCH_SIZE % world:
         fail(f"BATCH_SIZE={BATCH_SIZE} does not divide over {world} processes")
-    for name, value, choices in (("SCHEDULE", SCHEDULE, ("cosine", "linear")), ("SOLVER", SOLVER, ("dpm++", "ddim", "heun")),
-                                 ("CLIP_X0", CLIP_X0, ("clip", "dynamic", "none")), ("PRECISION", PRECISION, ("auto", "bf16", "fp32"))):
-        if value not in choices:
-            fail(f"{name}={value!r}: one of {', '.join(choices)}")
-    for name, value in (("EPOCHS", EPOCHS), ("BATCH_SIZE", BATCH_SIZE), ("ACCUM", ACCUM), ("STEPS", STEPS), ("EVAL_EVERY", EVAL_EVERY),
-                        ("SAMPLES", SAMPLES - 9), ("BLOCKS", BLOCKS), ("WIDTH", WIDTH), ("LR", LR), ("PATCH", PATCH)):
-        if not value > 0:
-            fail(f"{name} is too small" + (": at least 10" if name == "SAMPLES" else f", got {value}"))
 
 
-def prepare(folder, device, rank=0, world=1):
-    """Data, judge, reference rows: what training and inference_full both need. Data mistakes end here, in one line."""
+def prepare(device, rank=0, world=1):
+    """Data, judge and reference rows: what training and inference_full need (the last two on rank 0 only).
+    A mistake in the data ends here, in one line."""
     try:
         if rank == 0:
             data_folder()
@@ -831,187 +884,218 @@ def prepare(folder, device, rank=0, world=1):
     return data, judge, reference(data, judge)
 
 
-def inference_full(checkpoint, folder):
-    """Redraw every metric and diagnostic of a checkpoint's epoch into `folder`, the same bits as in the run.
-    checkpoint: as common.load_checkpoint returns it, with its settings already put back (sample.py --full)."""
-    device = common.pick_device()
-    data, judge, ref = prepare(folder, device)
-    model = build_ema(checkpoint, device)
-    step = checkpoint["step"]
-    log = folder.parent / "log.csv"
-    return report(folder, model, data, judge, ref, step // steps_per_epoch(data), samples_at(step, data),
-                  log=log if log.exists() else None)
-
-
-def save_samples(checkpoint, folder, prompt, count, seed):
-    """sample.py: `count` pictures for each class named in prompt (commas; empty: all, and one row without a label).
-    samples.png to look at, samples.npy floats (N, 3, H, W) in [-1, 1], samples.npz uint8 (N, H, W, 3) for evaluators."""
-    check_settings()
-    names = list(checkpoint["names"])
-    asked = [word.strip() for word in prompt.split(",") if word.strip()] or [*names, "no label"]
-    unknown = [word for word in asked if word not in (*names, "no label")]
-    if unknown:
-        fail(f"unknown class {unknown[0]!r}: one of {', '.join(names)} or 'no label'")
-    device = common.pick_device()
-    model = build_ema(checkpoint, device)
-    labels = torch.tensor([names.index(word) if word in names else len(names) for word in asked], device=device)
-    x = sample(model, labels.repeat_interleave(count), [seed_of(seed, "grid", i) for i in range(count)] * len(asked))
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder / "samples.npz", (to_picture(x) * 255).round().astype(np.uint8))
-    save_artifact(folder, "samples", x.cpu(), tile(to_picture(x).reshape(len(asked), count, *x.shape[2:], 3), rows=asked,
-                                                  columns=[f"seed {i}" for i in range(count)], title=recipe()))
-
-
 def steps_per_epoch(data):
     return max(1, len(data.x) // (BATCH_SIZE * ACCUM))
 
 
 def samples_at(step, data):
+    """How many pictures a report draws: SAMPLES at the end of the run, a fifth before."""
     return SAMPLES if step >= EPOCHS * steps_per_epoch(data) else max(10, SAMPLES // 5)
 
 
 def build_ema(checkpoint, device):
     """The averaged model of a checkpoint, ready to sample."""
     model = build_model(checkpoint["classes"]).to(device).eval().requires_grad_(False)
-    model.null = checkpoint["classes"]
     common.load_strictly(model, checkpoint["ema"], "the checkpoint's EMA")
     return model
 
 
+def inference_full(checkpoint, folder):
+    """Redraw every metric and diagnostic of a checkpoint's epoch into `folder`, the same bits as in the run.
+    checkpoint: from common.load_checkpoint, its settings already put back (sample.py --full does both)."""
+    device = common.pick_device()
+    data, judge, ref = prepare(device)
+    step = checkpoint["step"]
+    return report(folder, build_ema(checkpoint, device), data, judge, ref, step // steps_per_epoch(data),
+                  samples_at(step, data), log=folder.parent / "log.csv")
+
+
+def save_samples(checkpoint, folder, prompt, count, seed):
+    """sample.py: `count` pictures for each class named in prompt (commas; empty: all and one unlabelled row).
+    samples.png to look at, samples.npy floats (N, 3, H, W) in [-1, 1], samples.npz uint8 (N, H, W, 3)."""
+    check_settings()
+    names, none = list(checkpoint["names"]), "no label"
+    asked = [word.strip() for word in prompt.split(",") if word.strip()] or [*names, none]
+    unknown = [word for word in asked if word not in (*names, none)]
+    if unknown:
+        fail(f"unknown class {unknown[0]!r}: one of {', '.join(names)} or '{none}'")
+    device = common.pick_device()
+    model = build_ema(checkpoint, device)
+    labels = torch.tensor([[*names, none].index(word) for word in asked], device=device)
+    seeds = [seed_of(seed, "grid", i) for i in range(count)]
+    x = sample(model, labels.repeat_interleave(count), seeds * len(asked))
+    figure = tile(to_picture(x).reshape(len(asked), count, *x.shape[2:], 3), rows=asked, title=recipe(),
+                  columns=[f"seed {i}" for i in range(count)])
+    save_artifact(folder, "samples", x.cpu(), figure)
+    np.savez_compressed(folder / "samples.npz", (to_picture(x) * 255).round().astype(np.uint8))
+
+
+def train_step(handle, model, ema, optimizer, guard, data, step, total, run):
+    """One optimizer step on the effective batch: forward and backward ACCUM times, clip, guard, step, EMA.
+    Returns the mean loss over all pictures of the step, the learning rate and the gradient norm."""
+    batch = draw_batch(data, step, guard.rollbacks)
+    torch.manual_seed(seed_of(SEED, "dropout", step, guard.rollbacks, run.rank))
+    model.train()
+    lr = lr_at(step, total, LR, WARMUP) * guard.lr_scale
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = torch.zeros((), device=run.device)
+    for micro in zip(*(part.chunk(ACCUM) for part in batch)):
+        with autocast(run.device):
+            mine = (part.chunk(run.world)[run.rank] for part in micro)  # each process takes its share
+            loss = loss_fn(handle, *mine).mean()
+        (loss / ACCUM).backward()
+        loss_sum += loss.detach()
+    if run.world > 1:
+        torch.distributed.all_reduce(loss_sum)
+    loss = float(loss_sum) / (ACCUM * run.world)
+    norm, taken = guarded_step(optimizer, list(model.parameters()), guard, loss, CLIP)
+    if taken:
+        ema_update(ema, model, EMA_DECAY, step)
+    return loss, lr, norm
+
+
+def summary(metrics):
+    """The one line of a report: each number beside its floor and ceiling."""
+    def one(name):
+        m = metrics[name]
+        beside = [f"{k} {m[k]:.3f}" for k in ("floor", "ceiling") if m[k] is not None]
+        return f"{name} {m['value']:.3f} ({', '.join(beside)})"
+    return ", ".join(map(one, ("val_loss", "class_accuracy", "frechet", "recall", "label_gain", "memorised")))
+
+
 def main():
-    check_settings(int(common.os.environ.get("WORLD_SIZE", 1)))
-    run = start(__file__, globals(), free=("EPOCHS", "EVAL_EVERY", "KEEP_EVERY", "SAVE_SECONDS", "TENSORBOARD"))
-    data, judge, ref = prepare(run.folder, run.device, run.rank, run.world)
+    check_settings(int(os.environ.get("WORLD_SIZE", 1)))
+    run = start(__file__, globals(), free="EPOCHS EVAL_EVERY KEEP_EVERY SAVE_SECONDS TENSORBOARD".split())
+    data, judge, ref = prepare(run.device, run.rank, run.world)
     torch.manual_seed(SEED)
     model = build_model(len(data.names)).to(run.device)
-    if INIT_FROM:
-        common.load_strictly(model, common.load_checkpoint(INIT_FROM, run.device)["ema"], f"INIT_FROM={INIT_FROM}")
+    if INIT_FROM and run.checkpoint is None:
+        parent = common.load_checkpoint(INIT_FROM, run.device)
+        common.load_strictly(model, parent["ema"], f"INIT_FROM={INIT_FROM}")
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    ema.null = len(data.names)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY, fused=True)
-    guard, step, reported, best, seconds = Guard(), 0, -1, math.inf, 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=WEIGHT_DECAY, fused=True)
+    guard = Guard()
+    at = SimpleNamespace(step=0, reported=0, best=math.inf, seconds=0.0)  # where the run is
+    per_epoch = steps_per_epoch(data)
+    total = EPOCHS * per_epoch
+    last, log = run.folder / "last.pt", run.folder / "log.csv"
 
-    def state():
-        return dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), guard=dict(vars(guard)),
-                    step=step, reported=reported, best=best, seconds=seconds, classes=len(data.names), names=tuple(data.names),
-                    data=data.hash)
+    def save(path):
+        return common.save_checkpoint(
+            path, run, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+            guard=dict(vars(guard)), **vars(at), classes=len(data.names), names=data.names, data=data.hash)
+
+    def save_last():
+        """last.pt is also where a rollback goes, so a state that may be diverging is not worth keeping; a resumed
+        run comes to the same bits from an older file."""
+        if guard.healthy or at.step >= total:
+            save(last)
 
     def restore(saved):
         common.load_strictly(model, saved["model"], "last.pt")
         common.load_strictly(ema, saved["ema"], "last.pt (EMA)")
-        optimizer.load_state_dict(saved["optimizer"])
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+        except (KeyError, ValueError) as error:
+            fail(f"last.pt: the optimizer state does not fit this network: {error}")
         vars(guard).update(saved["guard"])
-        return saved["step"], saved["reported"], saved["best"], saved["seconds"]
+        vars(at).update({k: saved[k] for k in vars(at)})
 
-    per_epoch = steps_per_epoch(data)
-    total = EPOCHS * per_epoch
     if run.checkpoint is not None:
         if run.checkpoint["data"] != data.hash:
-            fail(f"{run.folder} was trained on other data than {DATA!r} holds now; RESUME=False or another OUT")
-        step, reported, best, seconds = restore(run.checkpoint)
-        print(f"continuing after step {step} of {total}" + (
-            f"; learning rate now {lr_at(step, total, LR, WARMUP):.2g}, was {optimizer.param_groups[0]['lr']:.2g}" if step < total else ""))
+            fail(f"{run.folder} was trained on other data than DATA={DATA} now; RESUME=False or another OUT")
+        restore(run.checkpoint)
+        if run.rank == 0:
+            before, now = optimizer.param_groups[0]["lr"], lr_at(at.step, total, LR, WARMUP)
+            print(f"continuing after step {at.step} of {total}; learning rate {before:.2g} -> {now:.2g}")
     handle = torch.compile(model) if COMPILE else model  # a second handle: the state_dict keeps its names
     if run.world > 1:
         handle = nn.parallel.DistributedDataParallel(handle)
-    log, board = run.folder / "log.csv", None
+    board = None
     if run.rank == 0:
-        common.open_log(log, step)
+        common.open_log(log, at.step)
         board = common.open_tensorboard(run.folder) if TENSORBOARD else None
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{len(data.x)} training pictures of {len(data.names)} classes, {parameters:,} parameters, {per_epoch} steps an epoch; "
-              f"trivial losses: zero {ref.zero.mean():.3f}, best linear {ref.linear.mean():.3f}; judge on real {ref.accuracy:.3f}")
+        print(f"{len(data.x)} training pictures of {len(data.names)} classes, {parameters:,} parameters, "
+              f"{per_epoch} steps an epoch; loss of the zero predictor {ref.zero.mean():.3f}, of the best "
+              f"linear one {ref.linear.mean():.3f}; judge's accuracy on held-out pictures {ref.accuracy:.3f}")
         with run.evaluation():  # once, small, before hours are spent: a broken evaluation shows now
             evaluate(ema, data, judge, ref, 10)
-        common.save_checkpoint(run.folder / "last.pt", run, **state())
-    bar = tqdm(total=total, initial=step, disable=True if run.rank else None, dynamic_ncols=True, smoothing=0.05)
-    saved_at, epoch_losses, clock = time.time(), [], time.time()
+        save(last)
+    bar = tqdm(total=total, initial=at.step, disable=True if run.rank else None, dynamic_ncols=True)
+    losses, saved_at, clock, earlier = [], time.monotonic(), time.monotonic(), at.seconds
 
     while not run.stopping():
-        epoch = step // per_epoch
-        if step % per_epoch == 0 and step > reported and step > 0 and (epoch % EVAL_EVERY == 0 or step == total):
+        epoch = at.step // per_epoch
+        due = at.step % per_epoch == 0 and (epoch % EVAL_EVERY == 0 or at.step == total)
+        if due and at.step > at.reported:
             if run.rank == 0:
-                common.save_checkpoint(run.folder / "last.pt", run, **state())
-                seconds += time.time() - clock
+                save_last()
+                folder, paused, metrics = run.folder / f"epoch_{epoch:04d}", time.monotonic(), None
+                count = samples_at(at.step, data)
                 with run.evaluation():
-                    folder = run.folder / f"epoch_{epoch:04d}"
-                    metrics = report(folder, ema, data, judge, ref, epoch, samples_at(step, data), log, board)
-                    tqdm.write(f"epoch {epoch}: " + ", ".join(
-                        f"{k} {metrics[k]['value']:.3f}" + (f" (floor {metrics[k]['floor']:.3f}, real {metrics[k]['ceiling']:.3f})"
-                                                           if metrics[k]["ceiling"] is not None else f" (floor {metrics[k]['floor']:.3f})")
-                        for k in ("val_loss", "class_accuracy", "frechet", "recall", "label_gain", "memorised")))
-                    common.save_metrics(run, folder, metrics, seconds=round(seconds, 1), parameters=parameters)
-                    reported = step
-                    if metrics["val_loss"]["value"] < best:
-                        best = metrics["val_loss"]["value"]
-                        common.save_checkpoint(run.folder / "best.pt", run, **state())
-                    if KEEP_EVERY and epoch % KEEP_EVERY == 0:
-                        common.save_checkpoint(run.folder / f"epoch_{epoch:04d}.pt", run, **state())
-                    common.save_checkpoint(run.folder / "last.pt", run, **state())
-                clock = saved_at = time.time()
-            else:
-                reported = step
+                    metrics = report(folder, ema, data, judge, ref, epoch, count, log, board)
+                    facts = dict(seconds=round(at.seconds, 1), parameters=parameters)
+                    common.save_metrics(run, folder, metrics, **facts)
+                clock += time.monotonic() - paused  # `seconds` counts training alone
+                if run.signal:
+                    continue  # the loop ends; the next start draws this report again
+            at.reported = at.step
+            if run.rank == 0 and metrics is not None:
+                tqdm.write(f"epoch {epoch}: {summary(metrics)}")
+                if metrics["val_loss"]["value"] < at.best:
+                    at.best = float(metrics["val_loss"]["value"])
+                    save(run.folder / "best.pt")
+                if KEEP_EVERY and epoch % KEEP_EVERY == 0:
+                    save(run.folder / f"epoch_{epoch:04d}.pt")
+                save_last()
             continue
-        if step == total:
+        if at.step >= total:
             break
 
-        x_0, labels, t, eps = (part.chunk(ACCUM) for part in draw_batch(data, step, guard.rollbacks))
-        torch.manual_seed(seed_of(SEED, "dropout", step, guard.rollbacks, run.rank))
-        model.train()
-        lr = lr_at(step, total, LR, WARMUP) * guard.lr_scale
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss_sum = 0.0
-        for micro in zip(x_0, labels, t, eps):
-            micro = [part.chunk(run.world)[run.rank] for part in micro]  # each process takes its share
-            with autocast(run.device):
-                loss = loss_fn(handle, *micro).mean()
-            (loss / ACCUM).backward()
-            loss_sum += loss.detach()
-        if run.world > 1:
-            torch.distributed.all_reduce(loss_sum)
-        loss = float(loss_sum) / ACCUM / run.world
-        norm, taken = guarded_step(optimizer, list(model.parameters()), guard, loss, CLIP)
-        if taken:
-            ema_update(ema, model, EMA_DECAY, step)
-        step += 1
+        loss, lr, norm = train_step(handle, model, ema, optimizer, guard, data, at.step, total, run)
+        at.step += 1
+        at.seconds = earlier + time.monotonic() - clock
+        losses.append(loss)
 
-        if guard.lost:  # back to the last good state with half the learning rate and another window of data
-            if guard.rollbacks >= 5:
-                fail(f"the loss diverged for the sixth time at step {step}; lower LR={LR:g} and look at log.csv")
-            broken, good = copy.copy(guard), common.load_checkpoint(run.folder / "last.pt", run.device)
-            step, reported, best, _ = restore(good)
+        if guard.lost:  # back to the last good state, half the learning rate, another window of data
+            if guard.rollbacks == 5:
+                fail(f"the loss diverged for the sixth time, at step {at.step}: lower LR={LR:g}, see {log}")
+            broken = copy.copy(guard)
+            restore(common.load_checkpoint(last, run.device))
             guard.after_rollback(broken)
-            tqdm.write(f"diverged: back to step {step}, learning rate x {guard.lr_scale:g}")
-            bar.n = step
+            if run.rank == 0:
+                common.open_log(log, at.step)
+                tqdm.write(f"diverged: back to step {at.step}, learning rate x {guard.lr_scale:g}")
+            bar.n = at.step
             continue
-        epoch_losses.append(loss)
-        if run.rank == 0:
-            now = time.time()
-            elapsed = seconds + now - clock
-            common.log_row(log, step=step, epoch=(step - 1) // per_epoch, loss=loss, lr=lr, grad_norm=norm, skipped=guard.skipped,
-                           samples_per_s=round(step * BATCH_SIZE * ACCUM / max(elapsed, 1e-9), 1), seconds=round(elapsed, 2))
-            if board is not None:
-                board.add_scalar("train/loss", loss, step), board.add_scalar("train/lr", lr, step)
-            bar.update(1)
-            bar.set_postfix(loss=f"{np.mean(epoch_losses[-50:]):.4f}", lr=f"{lr:.1e}", refresh=False)
-            if step % per_epoch == 0:
-                mean = np.mean(epoch_losses)
-                tqdm.write(f"epoch {step // per_epoch - 1:4d}  loss {mean:.4f} (zero {ref.zero.mean():.3f}, linear {ref.linear.mean():.3f})  lr {lr:.2e}"
-                           f"  grad {guard.average:.2f}  skipped {guard.skipped}  {elapsed:.0f} s"
-                           + ("  ALARM: no better than predicting zero" if step > 200 and mean > 0.9 * ref.zero.mean() else ""))
-                epoch_losses = []
-            if now - saved_at > SAVE_SECONDS and guard.healthy:
-                seconds, clock = elapsed, now
-                common.save_checkpoint(run.folder / "last.pt", run, **state())
-                saved_at = time.time()
+        if run.rank > 0:
+            continue
+        common.log_row(log, step=at.step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm,
+                       skipped=guard.skipped, samples_per_s=BATCH_SIZE * ACCUM * at.step / at.seconds,
+                       seconds=at.seconds)
+        if board is not None:
+            board.add_scalar("train/loss", loss, at.step)
+            board.add_scalar("train/lr", lr, at.step)
+        bar.update(1)
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", lr=f"{lr:.1e}", refresh=False)
+        if at.step % per_epoch == 0:
+            mean = float(np.mean(losses[-per_epoch:]))
+            idle = at.step > 200 and mean > 0.9 * ref.zero.mean()
+            tqdm.write(f"epoch {epoch + 1:4d}  loss {mean:.4f} (zero {ref.zero.mean():.3f}, linear "
+                       f"{ref.linear.mean():.3f})  lr {lr:.1e}  grad {guard.average:.2f}  "
+                       f"skipped {guard.skipped}  {at.seconds:.0f} s"
+                       + ("  ALARM: no better than predicting zero" if idle else ""))
+        if time.monotonic() - saved_at > SAVE_SECONDS:
+            save_last()
+            saved_at = time.monotonic()
 
     bar.close()
     if run.signal:
         if run.rank == 0:
-            seconds += time.time() - clock
-            common.save_checkpoint(run.folder / "last.pt", run, **state())
-            print(f"stopped by signal {run.signal} after step {step}; start again to continue", flush=True)
+            save_last()
+            print(f"stopped by signal {run.signal} after step {at.step}; start again to continue", flush=True)
         sys.exit(128 + run.signal)
 
 

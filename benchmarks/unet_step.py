@@ -9,27 +9,30 @@ Speed of one training step of model_unet.UNet on a CPU, beside two well-known U-
     python benchmarks/unet_step.py --only ours              our rows
     python benchmarks/unet_step.py --size 32 --batch 4      small
 
-The peers are optional: `pip install diffusers`, `pip install denoising-diffusion-pytorch`; a missing one is named
-and skipped. Each row runs in a process of its own, since peak memory and the state of the allocator leak from one
-network into the next. The rows take turns, round after round, so a busy machine disturbs all of them alike; the ratios
-are medians over the rounds of ratios WITHIN a round.
+The peers are optional: `pip install diffusers`, `pip install denoising-diffusion-pytorch`; a missing one is
+named and skipped. Each row runs in a process of its own, since peak memory and the state of the allocator
+leak from one network into the next. The rows take turns, round after round, so a busy machine disturbs all of
+them; the ratios are medians over the rounds of ratios WITHIN a round. Pictures per second are wall time;
+core-seconds (both threads added, waiting not counted) vary less where others use the cores too.
 
 "plain" is what the peer's own training script does on a CPU: fp32, its own optimizer settings.
-"tricks" is the same five for everyone: bf16 autocast, fused Adam(W), an allocator that keeps large blocks, and NCHW
-or channels_last, both measured; the summary compares with the faster one.
+"tricks" is the same for everyone: bf16 autocast, fused Adam(W), an allocator that keeps large blocks, and
+NCHW or channels_last, both measured; the summary compares with the faster one.
 
 What is equal and what is not:
-    diffusers   2 ResBlocks a level down, 3 up, attention after each of them on the last grid (6 with the middle).
-    ddp         (denoising-diffusion-pytorch) 2 down, 2 up and a last one, full attention once a level where it is asked
-                for and linear attention on the other levels, which cannot be switched off. Its blocks run at the
-                width the level STARTS with (64, 64, 128, middle 256): less work than its widths say. No labels.
-    ours        blocks=2: 2 down, 2 up, attention after each on the last grid (5 with the middle), labels. The row
-                to compare: its widths and grids are diffusers', with one ResBlock less a level on the way up.
-    ours, 1 block, and ours, stem     are what one would choose for speed, and are NOT the same architecture: half of
-                the blocks; or a pixel-unshuffle stem, channels x (1, 2, 4) on grids SIZE/2, SIZE/4 (attention), SIZE/8.
+    diffusers   2 ResBlocks a level down, 3 up, attention after each of them on the last grid (6 with the
+                middle), head dimension 32 as ours (its default is 8).
+    ddp         (denoising-diffusion-pytorch) 2 down, 2 up and a last one, full attention once a level where
+                it is asked for, and on the others linear attention, which cannot be switched off. Its blocks
+                run at the width a level STARTS with (64, 64, 128, middle 256): fewer products. No labels.
+    ours        2 blocks a level: 2 down, 2 up, attention after each on the last grid (5 with the middle).
+                THE ROW TO COMPARE: widths and grids of diffusers, one ResBlock less a level on the way up.
+    ours, 1 block / ours, stem    what one would choose for speed, NOT the same architecture: half of the
+                blocks; or a pixel-unshuffle stem, channels x (1, 2, 4) on grids SIZE/2, SIZE/4 (attention),
+                SIZE/8.
 
-GFLOP counts the products of forward and backward (torch.utils.flop_counter) as they are computed: our upsampling needs
-fewer of them for the same function, so judge by pictures per second.
+GFLOP counts the products of forward and backward (torch.utils.flop_counter) as they are computed: our
+upsampling needs fewer of them for the same function, so judge by pictures per second.
 """
 
 import argparse
@@ -56,6 +59,9 @@ from model_unet import UNet
 # glibc gives large freed blocks back to the system and faults them in again at every step; these keep them
 KEEP_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "10000000000", "MALLOC_TRIM_THRESHOLD_": "10000000000",
                "MALLOC_TOP_PAD_": "67108864"}
+
+# a thread that spins while the other one is kept from its core burns its own; sleeping costs little
+FAIR = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 # row: (network, tricks, channels_last, settings of our network)
 ROWS = {
@@ -84,20 +90,32 @@ def build_diffusers(size, width, tricks):
     from diffusers import UNet2DModel
 
     model = UNet2DModel(
-        sample_size=size, block_out_channels=(width, 2 * width, 4 * width), layers_per_block=2, num_class_embeds=10,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), attention_head_dim=32,
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"))
+        sample_size=size, block_out_channels=(width, 2 * width, 4 * width), layers_per_block=2,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), num_class_embeds=10,
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), attention_head_dim=32)
     # examples/unconditional_image_generation/train_unconditional.py
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, fused=tricks)
+    settings = dict(lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, fused=tricks)
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
     return model, lambda x, t, label: model(x, 1000 * t, class_labels=label).sample, optimizer
 
 
+class Absent(types.ModuleType):
+    """Stands for torchvision: ddp's data set and picture grids import names from it, its network does not."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.__spec__, self.__path__ = ModuleSpec(name, None), []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Absent(name)
+
+
 def build_ddp(size, width, tricks):
-    if find_spec("torchvision") is None:  # its data set and picture grids want it, the network does not
+    if find_spec("torchvision") is None:
         for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
-            sys.modules[name] = module = types.ModuleType(name)
-            module.__spec__, module.__path__ = ModuleSpec(name, None), []
-            module.__getattr__ = lambda attribute: types.ModuleType(attribute)
+            sys.modules[name] = Absent(name)
     from denoising_diffusion_pytorch.denoising_diffusion_pytorch import Unet
 
     model = Unet(width, dim_mults=(1, 2, 4), full_attn=(False, False, True))
@@ -112,7 +130,7 @@ def measure(row, size, batch, width, steps):
     model, call, optimizer = globals()[f"build_{network}"](size, width, tricks, **kwargs)
     x, t, label = torch.randn(batch, 3, size, size), torch.rand(batch), torch.randint(0, 10, (batch,))
     if channels_last:
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
 
     def step(count):
         with torch.autocast("cpu", torch.bfloat16, enabled=tricks):
@@ -122,21 +140,23 @@ def measure(row, size, batch, width, steps):
         optimizer.step()
         optimizer.zero_grad()
 
-    # one picture is enough to count: everything is linear in the batch. The counter does not know the fused attention
+    # one picture is enough to count, for all is linear in the batch; the fused attention would not be counted
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step(1)
     step(batch)  # warm-up
-    start = time.perf_counter()
+    start, start_cores = time.perf_counter(), time.process_time()
     for _ in range(steps):
         step(batch)
     return dict(images_per_s=steps * batch / (time.perf_counter() - start),
+                core_s=(time.process_time() - start_cores) / (steps * batch),
                 gflop=counter.get_total_flops() * batch / 1e9,
                 parameters=sum(p.numel() for p in model.parameters()) / 1e6,
                 peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 def in_own_process(row, args):
-    env = {k: v for k, v in os.environ.items() if k not in KEEP_BLOCKS} | (KEEP_BLOCKS if ROWS[row][1] else {})
+    env = {k: v for k, v in os.environ.items() if k not in KEEP_BLOCKS} | FAIR
+    env |= KEEP_BLOCKS if ROWS[row][1] else {}
     command = [sys.executable, __file__, "--row", row]
     command += [f"--{k}={getattr(args, k)}" for k in ("size", "batch", "width", "steps")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -145,42 +165,45 @@ def in_own_process(row, args):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def ratio(results, a, b, key):
+    """How many times b needs what a needs, the median over rounds of the ratio within a round."""
+    sign = {"images_per_s": 1, "core_s": -1}[key]
+    return median((x[key] / y[key]) ** sign for x, y in zip(results[a], results[b]))
+
+
 def print_table(results):
     """results: row -> one dict a round."""
-    speeds = {row: [r["images_per_s"] for r in rounds] for row, rounds in results.items()}
-    ours = speeds.get("ours, tricks")
-    print(f"| {'row':32} | images/s | min .. max | ours, tricks is | GFLOP a step | GFLOP/s | parameters | peak GB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| row | images/s | min .. max | 'ours, tricks' is | core-s an image | 'ours, tricks' is "
+          "| GFLOP a step | GFLOP/s | parameters | peak GB |")
+    print("|---" * 10 + "|")
     for row, rounds in results.items():
-        speed, last = median(speeds[row]), rounds[-1]
-        ratio = f"{median(a / b for a, b in zip(ours, speeds[row])):.2f} x" if ours else "-"
-        rate, batch_time = last["gflop"] * speed, last["batch"]
-        print(f"| {row:32} | {speed:.2f} | {min(speeds[row]):.2f} .. {max(speeds[row]):.2f} | {ratio} "
-              f"| {last['gflop']:.0f} | {rate / batch_time:.0f} | {last['parameters']:.1f} M "
-              f"| {max(r['peak_gb'] for r in rounds):.2f} |")
+        speeds, last = [r["images_per_s"] for r in rounds], rounds[-1]
+        faster = [f"{ratio(results, 'ours, tricks', row, key):.2f} x" if "ours, tricks" in results else "-"
+                  for key in ("images_per_s", "core_s")]
+        print(f"| {row} | {median(speeds):.2f} | {min(speeds):.2f} .. {max(speeds):.2f} | {faster[0]} "
+              f"| {median(r['core_s'] for r in rounds):.2f} | {faster[1]} "
+              f"| {last['gflop']:.0f} | {last['gflop'] * median(speeds) / last['batch']:.0f} "
+              f"| {last['parameters']:.1f} M | {max(r['peak_gb'] for r in rounds):.2f} |")
 
 
 def print_summary(results):
-    """Each of our rows against each peer: as its trainer runs it, and with the tricks in its faster layout."""
-    def ratio(a, b):
-        return median(x["images_per_s"] / y["images_per_s"] for x, y in zip(results[a], results[b]))
-
+    """Each of our rows against each peer: as its trainer runs it, and with tricks in its faster layout."""
     def memory(row):
         return max(r["peak_gb"] for r in results[row])
 
     for peer in PEERS:
         tricks = [row for row in results if row.startswith(f"{peer}, tricks")]
-        if not tricks:
-            continue
-        best = max(tricks, key=lambda row: median(r["images_per_s"] for r in results[row]))
-        for ours in (row for row in results if row.startswith("ours") and ROWS[row][1]):
-            for other in [f"{peer}, plain"] * (f"{peer}, plain" in results) + [best]:
-                print(f"{ours:28} is {ratio(ours, other):.2f} x as fast as {other:34}"
-                      f" and needs {memory(ours) / memory(other):.2f} x its memory")
+        best = sorted(tricks, key=lambda row: median(r["images_per_s"] for r in results[row]))[-1:]
+        for other in [row for row in results if row == f"{peer}, plain"] + best:
+            for ours in (row for row in results if row.startswith("ours") and ROWS[row][1]):
+                print(f"{ours}: {ratio(results, ours, other, 'images_per_s'):.2f} x the speed of {other} "
+                      f"({ratio(results, ours, other, 'core_s'):.2f} x by core-seconds) "
+                      f"at {memory(ours) / memory(other):.2f} x its memory")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--only", default="", help="rows whose name contains this, or several with | between")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps a round")
@@ -190,7 +213,8 @@ def main():
     parser.add_argument("--row", help=argparse.SUPPRESS)  # the child process: measure this row and print JSON
     args = parser.parse_args()
     if args.row:
-        print(json.dumps(measure(args.row, args.size, args.batch, args.width, args.steps) | {"batch": args.batch}))
+        result = measure(args.row, args.size, args.batch, args.width, args.steps)
+        print(json.dumps(result | dict(batch=args.batch)))
         return
     rows = [row for row in ROWS if any(part in row for part in args.only.split("|"))]
     for peer, package in PEERS.items():
@@ -201,9 +225,9 @@ def main():
     for i in range(args.rounds):
         for row in rows:
             results[row].append(in_own_process(row, args))
-            print(f"round {i + 1}, {row}: {results[row][-1]['images_per_s']:.2f} images/s", file=sys.stderr, flush=True)
-    print(f"\n{args.batch} x 3 x {args.size} x {args.size}, width {args.width}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, {args.rounds} rounds of {args.steps} steps\n")
+            print(f"round {i + 1}, {row}: {json.dumps(results[row][-1])}", file=sys.stderr, flush=True)
+    print(f"\n{args.batch} x 3 x {args.size} x {args.size}, width {args.width}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads, {args.rounds} rounds of {args.steps} steps\n")
     print_table(results)
     print()
     print_summary(results)

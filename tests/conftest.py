@@ -1,0 +1,107 @@
+"""What all tests share: one thread each, the repository on the path, a tiny data set, and runs of a whole script."""
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")  # two processes with two threads each crawl
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TINY = ("SIZE=16 WIDTH=8 MULTS=1,1 ATTENTION=False,True BATCH_SIZE=4 STEPS=2 SAMPLES=10 SWEEP=1.0,2.0 "
+        "PRECISION=fp32").split()  # an optimizer step in hundredths of a second, with dropout
+
+# One warm process imports the script; every run is a fork of it that may be killed, and costs no imports. Reads one
+# job a line: settings, environment, output file, and code to run before main(): the fault.
+ZYGOTE = """
+import functools, json, os, signal, sys, time, traceback
+import torch
+torch.set_num_threads(1)
+import common, sample, train_stl10 as script
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        os.environ.update(job["environment"])
+        code, sys.argv = 0, ["program", *job["arguments"]]
+        try:
+            exec(job["fault"], globals())
+            if job["program"] == "sample":
+                sample.main()
+            else:
+                common.override(vars(script))
+                script.main()
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        os._exit(code or 0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with data/ (40 + 20 drawn pictures) and the judge for them at 16 px, trained for 20 steps."""
+    import train_stl10
+    from data import stl10
+    folder = tmp_path_factory.mktemp("tiny")
+    stl10.make(folder / "data", train=40, test=20, unlabeled=2)
+    pictures, labels = (torch.from_numpy(part) for part in stl10.load(folder / "data", "train", 16))
+    data = SimpleNamespace(x=pictures, y=labels, names=stl10.class_names(folder / "data"),
+                           hash=stl10.data_hash(folder / "data"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_stl10, "SIZE", 16)
+        train_stl10.train_judge(data, folder, torch.device("cpu"), steps=20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """The warm process."""
+    process = subprocess.Popen([sys.executable, "-c", ZYGOTE], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env=dict(os.environ, CUDA_VISIBLE_DEVICES=""), bufsize=0)
+    assert process.stdout.readline() == b"ready\n"
+    yield process
+    process.stdin.close()
+    process.wait(30)
+
+
+@pytest.fixture
+def launch(zygote, tiny, tmp_path):
+    """launch(*settings, fault="", out="runs") runs train_stl10.py on the tiny data and returns code (negative:
+    the signal that killed it), output, and folder (of the run)."""
+    def run(*settings, fault="", out="runs", program="train", limit=120, **environment):
+        home = tmp_path / out
+        arguments = list(settings)
+        if program == "train":
+            (home / "cache").mkdir(parents=True, exist_ok=True)
+            for judge in tiny.glob("judge_*.pt"):
+                if not (home / "cache" / judge.name).exists():
+                    os.link(judge, home / "cache" / judge.name)
+            arguments = [f"DATA={tiny / 'data'}", f"OUT={home}", *TINY, *settings]
+        job = dict(arguments=arguments, environment=environment, fault=fault, program=program,
+                   output=str(tmp_path / "output.txt"))
+        zygote.stdin.write(json.dumps(job).encode() + b"\n")
+        child = int(zygote.stdout.readline())
+        if not select.select([zygote.stdout], [], [], limit)[0]:
+            os.kill(child, 9)
+            zygote.stdout.readline()
+            pytest.fail(f"no end after {limit} s:\n" + (tmp_path / "output.txt").read_text()[-2000:])
+        code = int(zygote.stdout.readline())
+        return SimpleNamespace(code=code, folder=home / "stl10", output=(tmp_path / "output.txt").read_text())
+    return run
