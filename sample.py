@@ -1,18 +1,19 @@
 """
 Draw samples from any checkpoint: it says which script made it, and with which settings.
 
-    python sample.py --checkpoint runs/stl10/last.pt                          # a few of everything
+    python sample.py --checkpoint runs/stl10/last.pt                    # a few of everything
     python sample.py --checkpoint runs/stl10/last.pt --prompt cat,ship --num-samples 8 --sampling-steps 50
-    python sample.py --checkpoint runs/stl10/last.pt SOLVER=ddim ETA=1        # any setting of that script as NAME=value
-    python sample.py --checkpoint runs/stl10/last.pt --full                   # all diagnostics of the run, the same bits
-    python sample.py --checkpoint runs/stl10/last.pt --export                 # the EMA weights alone, to publish
+    python sample.py --checkpoint runs/stl10/last.pt SOLVER=ddim ETA=1  # any setting of that script
+    python sample.py --checkpoint runs/stl10/last.pt --full             # all diagnostics again, the same bits
+    python sample.py --checkpoint runs/stl10/last.pt --export           # the EMA weights alone, to publish
 
-The same seed gives the same picture here and in the run. Exit code 2 and one line for anything that cannot work.
+The same seed gives the same picture here and in the run. What cannot work is one line and exit code 2.
 """
 
 import argparse
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 from common import fail, load_checkpoint, override, save_checkpoint, settings
 
@@ -22,9 +23,11 @@ SCRIPTS = ("train_voxel_d3pm", "train_stl10", "train_3d_rflow", "train_world_mod
 def parse():
     parser = argparse.ArgumentParser(description="Draw samples from a checkpoint of any of the five scripts.",
                                      epilog="NAME=value after the flags overrides any setting of the script.")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="last.pt, best.pt or epoch_NNNN.pt of a run folder")
-    parser.add_argument("--prompt", default="", help="what to draw: class names, separated by commas; empty: every class")
-    parser.add_argument("--size", default="", help="pixels a side, where the network can draw other sizes than it saw")
+    parser.add_argument("--checkpoint", required=True, type=Path,
+                        help="last.pt, best.pt or epoch_NNNN.pt of a run folder")
+    parser.add_argument("--prompt", default="",
+                        help="what to draw: class names, separated by commas; empty: every class")
+    parser.add_argument("--size", default="", help="pixels a side, where the network can draw others")
     parser.add_argument("--num-samples", type=int, default=8, help="for each prompt")
     parser.add_argument("--sampling-steps", type=int, help="instead of the STEPS of the run")
     parser.add_argument("--guidance", type=float, help="instead of the GUIDANCE of the run")
@@ -37,11 +40,11 @@ def parse():
 
 
 def load(path, overrides=()):
-    """The script that made a checkpoint, as a module with the checkpoint's settings, and the checkpoint itself."""
+    """The script that made a checkpoint, as a module with the checkpoint's settings; and the checkpoint."""
     checkpoint = load_checkpoint(path)
     if checkpoint["script"] not in SCRIPTS:
         fail(f"{path} was made by {checkpoint['script']!r}, not by one of {', '.join(SCRIPTS)}")
-    script = importlib.import_module(checkpoint["script"])  # definitions only: training hides behind the main guard
+    script = importlib.import_module(checkpoint["script"])  # definitions only: main() hides behind the guard
     unknown = sorted(checkpoint["settings"].keys() - settings(vars(script)).keys())
     if unknown:
         fail(f"{path} has settings this {checkpoint['script']}.py does not know ({', '.join(unknown)}): "
@@ -53,23 +56,20 @@ def load(path, overrides=()):
 
 def main():
     args = parse()
-    overrides = list(args.settings)
-    for name, value in (("STEPS", args.sampling_steps), ("GUIDANCE", args.guidance), ("SIZE", args.size or None)):
-        if value is not None:
-            overrides.append(f"{name}={value}")
+    flags = dict(STEPS=args.sampling_steps, GUIDANCE=args.guidance, SIZE=args.size or None)
+    overrides = [f"{name}={value}" for name, value in flags.items() if value is not None] + args.settings
     if args.num_samples < 1:
         fail(f"--num-samples {args.num_samples}: at least 1")
     script, checkpoint = load(args.checkpoint, overrides)
     folder = args.out or args.checkpoint.parent / ("full" if args.full else "samples")
     if args.export:
-        class Exported:  # save_checkpoint wants a run: only its name and settings
-            script, settings = checkpoint["script"], checkpoint["settings"]
-        keep = {k: v for k, v in checkpoint.items() if k in ("ema", "classes", "names", "step", "data")}
+        whole = {"model", "optimizer", "guard", "script", "settings", "format"}  # the rest is what sampling needs
         target = args.out or args.checkpoint.parent / "ema.pt"
-        if save_checkpoint(target, Exported, **keep):
+        run = SimpleNamespace(script=checkpoint["script"], settings=checkpoint["settings"])
+        if save_checkpoint(target, run, **{k: v for k, v in checkpoint.items() if k not in whole}):
             print(f"wrote {target}")
     elif args.full:
-        script.inference_full(checkpoint, folder)
+        script.inference_full(checkpoint, folder, args.checkpoint.parent / "log.csv")
         print(f"wrote {folder}")
     else:
         script.save_samples(checkpoint, folder, args.prompt, args.num_samples, args.seed)

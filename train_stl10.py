@@ -15,13 +15,15 @@ Image diffusion on ten labelled classes, in one file: pixels, v-prediction, clas
     python train_stl10.py DATA=mine SIZE=32 OUT=runs_mine
     python -m data.stl10 download stl10                 # the real STL-10, 2.6 GB; then, on one GPU:
     torchrun --nproc_per_node=1 train_stl10.py DATA=stl10 SIZE=96 PATCH=1 WIDTH=128 MULTS=1,2,2,3 BLOCKS=2 \
-        ATTENTION=False,False,True,True SHIFT=1.5 BATCH_SIZE=128 LR=2e-4 EMA_DECAY=0.9999 EPOCHS=4000
+        ATTENTION=False,False,True,True SHIFT=1.5 BATCH_SIZE=128 LR=2e-4 EMA_DECAY=0.9999 EPOCHS=4000 \
         EVAL_EVERY=200
-    python sample.py --checkpoint runs/stl10/last.pt --prompt cat --num-samples 8 python sample.py
-    --checkpoint runs/stl10/last.pt --full # inference_full: every diagnostic again, the same bits
- Letters: B pictures in a batch, C H W their shape, K classes, null = K the label that means "no label", w
-guidance. Not here: latent space, text conditions, learned variances, likelihoods, Inception FID (no weights
-are downloaded: a small classifier trained on the run's own training pictures, the judge, gives accuracy and
+    python sample.py --checkpoint runs/stl10/last.pt --prompt cat --num-samples 8
+    python sample.py --checkpoint runs/stl10/last.pt --full  # inference_full: every diagnostic, the same bits
+
+Letters: B pictures in a batch, C H W their shape, K classes, null = K the label that means "no label",
+w guidance.
+Not here: latent space, text conditions, learned variances, likelihoods, Inception FID (no weights are
+downloaded: a small classifier trained on the run's own training pictures, the judge, gives accuracy and
 features).
 """
 
@@ -50,12 +52,12 @@ from model_unet import UNet
 DATA = "embedded"    # ten drawn classes; or a folder made by `python -m data.stl10 download|import`
 SIZE = 32            # side of the training pictures; must divide the stored side (96 for STL-10: 32, 48, 96)
 OVERFIT_TINY = 0     # train on the first N pictures only, without flips (the lab notes: 128); 0 = all
-EPOCHS = 90          # passes over the training pictures
+EPOCHS = 96          # passes over the training pictures
 BATCH_SIZE = 32      # pictures in a forward pass, over all processes
 ACCUM = 1            # forward passes in an optimizer step: the lab notes' virtual batch multiplier
 LR = 1e-3            # peak; 1e-3 for 2 M parameters and minutes, 2e-4 for 50 M and days
 WARMUP = 0.05        # share of the optimizer steps
-WEIGHT_DECAY = 1e-4
+WEIGHT_DECAY = 1e-4  # of AdamW
 CLIP = 1.0           # gradient norm
 EMA_DECAY = 0.999    # of the weights we sample from; half-life 693 steps. 0.9999 for long runs
 WIDTH = 48           # channels of the first level; 64 to 256 at 96x96
@@ -64,7 +66,7 @@ BLOCKS = 1           # ResBlocks a level
 ATTENTION = (False, True, True)  # self-attention at each level; the middle always has it
 PATCH = 2            # space-to-depth stem: 2 quarters the cost; 1 looks at single pixels
 FILM = True          # labels and time scale and shift the norms (AdaGN); False adds them, as in the lab notes
-DROPOUT = 0.1
+DROPOUT = 0.1        # inside the ResBlocks; 0 when it should memorise
 LABEL_DROP = 0.2     # share of labels replaced by null in training, for guidance
 SCHEDULE = "cosine"  # or "linear" (DDPM's betas)
 SHIFT = 1.0          # more noise for larger pictures: SIZE/64 above 64 px (Hoogeboom 2023), 1.5 at 96 px
@@ -78,7 +80,7 @@ RESCALE = 0.0        # share of x_0's own std restored after guidance (Lin 2023:
 CLIP_X0 = "clip"     # "clip" to [-1, 1], "dynamic" threshold (Saharia 2022), or "none"
 SAMPLES = 1000       # pictures drawn for the numbers of the last report; the others use a fifth
 SWEEP = (1.0, 1.5, 2.0, 3.0, 6.0)  # guidance scales of the sweep picture
-EVAL_EVERY = 30      # epochs between reports (pictures and metrics in epoch_NNNN/)
+EVAL_EVERY = 32      # epochs between reports (pictures and metrics in epoch_NNNN/)
 KEEP_EVERY = 0       # also keep epoch_NNNN.pt every so many epochs, a multiple of EVAL_EVERY; 0 = never
 SAVE_SECONDS = 60.0  # between saves of last.pt
 PRECISION = "auto"   # "bf16", "fp32"; auto = bf16 where the hardware multiplies it
@@ -140,7 +142,8 @@ def draw_batch(data, step, attempt=0):
     # the data order is one endless stream of permutations, so that every batch is full
     place, index = step * n, []
     while len(index) < n:
-        order = torch.randperm(total, generator=generator_of(SEED, "order", place // total))
+        window = place // total + 10**9 * attempt  # a rollback goes on with other permutations
+        order = torch.randperm(total, generator=generator_of(SEED, "order", window))
         index += order[place % total:][:n - len(index)].tolist()
         place = step * n + len(index)
     x_0, labels = to_float(data.x[index]), data.y[index]
@@ -172,8 +175,8 @@ def autocast(device):
 
 
 class Judge(nn.Module):
-    """A small classifier: the only opinion on pictures in this file. x (B, 3, H, W) in [-1, 1] -> logits (B,
-    K)."""
+    """A small classifier: the only opinion on pictures in this file.
+    x (B, 3, H, W) in [-1, 1] -> logits (B, K)."""
 
     def __init__(self, classes):
         super().__init__()
@@ -195,7 +198,8 @@ class Judge(nn.Module):
 def train_judge(data, folder, device, steps=600, batch=64, lr=4e-3):
     """Train the judge on the training pictures (flips, shifts, label smoothing), or load it from the cache:
     once for each data set and size. Half a minute on two CPU cores."""
-    judge, path = Judge(len(data.names)).to(device).eval(), folder / f"judge_{data.hash}_{SIZE}.pt"
+    few = f"_{OVERFIT_TINY}" if OVERFIT_TINY else ""  # its judge must not stay for the run on all pictures
+    judge, path = Judge(len(data.names)).to(device).eval(), folder / f"judge_{data.hash}_{SIZE}{few}.pt"
     if common.intact(path):
         judge.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return judge
@@ -208,7 +212,7 @@ def train_judge(data, folder, device, steps=600, batch=64, lr=4e-3):
         optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.05)
         for step in tqdm(range(steps), desc="judge", leave=False, disable=None):
             index = torch.randint(len(data.x), (batch,)).to(device)
-            x, shift = to_float(data.x[index]), torch.randint(-SIZE // 16, SIZE // 16 + 1, (2,)).tolist()
+            x, shift = to_float(data.x[index]), torch.randint(-(SIZE // 16), SIZE // 16 + 1, (2,)).tolist()
             x = torch.where((torch.rand(batch) < 0.5).to(device)[:, None, None, None], x.flip(-1), x)
             x = F.pad(x, [SIZE // 16] * 4, mode="replicate").roll(shift, (2, 3))[
                 ..., SIZE // 16:SIZE // 16 + SIZE, SIZE // 16:SIZE // 16 + SIZE]
@@ -255,14 +259,14 @@ def time_of(q):
     return (-0.1 + torch.sqrt(0.01 + 4 * 9.95 * torch.log1p(q**2))) / (2 * 9.95)
 
 
-def loss_fn(model, x_0, labels, t, eps):
-    """The v-loss of each picture, (B,): x_0, eps (B, C, H, W); labels (B,) with null for none; t (B,) in (0,
-    1]."""
+def loss_fn(model, x_0, labels, t, eps, weighted=True):
+    """The v-loss of each picture, (B,): x_0, eps (B, C, H, W); labels (B,) with null for none; t (B,) in
+    (0, 1]. weighted=False leaves MIN_SNR out: what is measured stands beside floors that have no weights."""
     a, s = (c.to(x_0)[:, None, None, None] for c in schedule(t.cpu()))
     x_t = a * x_0 + s * eps
     v = a * eps - s * x_0
     loss = (model(x_t, t, labels).float() - v).square().flatten(1).mean(1)
-    if MIN_SNR:  # clamped below, or t near 1 would not be trained at all (Hang 2023)
+    if MIN_SNR and weighted:  # clamped below, or t near 1 would not be trained at all (Hang 2023)
         snr = (a / s).square().flatten().clamp(min=0.05)
         loss = loss * snr.clamp(max=MIN_SNR) / (snr + 1)
     return loss
@@ -384,59 +388,62 @@ def solve_heun(model, x, t_first, labels, w, noise):
 
 
 # ---------------------------------------------------------------- evaluation
-def reference(data, judge):
-    """What trivial predictors and real pictures get, computed once a run: rows that stand beside every
-    number. Losses by t bucket of the zero predictor, E v^2 = a^2 + s^2 E x_0^2, and of the best linear
-    predictor (the denoiser of a Gaussian with the training mean and covariance), both on held-out pictures;
-    and pictures of one full-covariance Gaussian per class: shapeless, yet the judge calls most of them
-    right."""
-    x, val = (to_float(u[:2000]).flatten(1).double() for u in (data.x, data.val_x))
-    mean = x.mean(0)
+def trivial_losses(data):
+    """Held-out v-loss in 10 buckets of t of two predictors that are no network. Zero: E v^2 = a^2 + s^2 E x_0^2.
+    Best linear: the denoiser of a Gaussian with the training mean and covariance, along each principal axis of
+    variance lam x_0_hat = mean + k (x_t - a mean), k = a lam / (a^2 lam + s^2)."""
+    x, val = (to_float(u[:2000].cpu()).flatten(1).double() for u in (data.x, data.val_x))
+    mean, pixels = x.mean(0), x.shape[1]
     values, vectors = torch.linalg.eigh((x - mean) @ (x - mean).T / len(x))  # N x N, not pixels x pixels
     keep = values > 1e-6 * values.max()
     axes = (x - mean).T @ vectors[:, keep] / (values[keep] * len(x)).sqrt()  # (pixels, rank), orthonormal
-    power = (val - mean).square().sum(1).mean() / x.shape[1]
-    along = ((val - mean) @ axes).square().mean(0)  # held-out second moment along each axis
-    rest = (power * x.shape[1] - along.sum()).clamp(min=0)
-    lam, m = values[keep] + 2e-4, along
-    zero, linear = [], []
-    for t in (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000:
-        a, s = schedule(t)
-        a, s = float(a), float(s)
-        zero.append(a**2 + s**2 * float(val.square().mean()))
-        def error(lam):  # factors of E|x_0 - x_0_hat|^2: of the held-out second moment, and of the noise
-            k = a * lam / (a**2 * lam + s**2)
-            return (1 - a * k) ** 2, (k * s) ** 2
-        (of_m, of_noise), (of_rest, noise_rest) = error(lam), error(2e-4)
-        total = (of_m * m + of_noise).sum() + of_rest * rest + noise_rest * (x.shape[1] - len(m))
-        linear.append(float(total) / x.shape[1] / s**2)
-    zero, linear = (np.array(r).reshape(10, 100).mean(1) for r in (zero, linear))
+    seen = ((val - mean) @ axes).square().mean(0)  # held-out power along each axis; the rest is spread evenly
+    missed = ((val - mean).square().sum(1).mean() - seen.sum()).clamp(min=0) / max(1, pixels - len(seen))
+    power = torch.cat([seen, missed.expand(pixels - len(seen))])
+    lam = torch.cat([values[keep], torch.zeros(pixels - len(seen))]) + 2e-4  # a floor for the rest
+    t = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
+    a, s = (c[:, None] for c in schedule(t))
+    k = a * lam / (a**2 * lam + s**2)  # (200, pixels)
+    linear = ((1 - a * k) ** 2 * power + (k * s) ** 2).mean(1) / s[:, 0] ** 2  # |v error| = |x_0 error| / s
+    zero = a[:, 0] ** 2 + s[:, 0] ** 2 * val.square().mean()
+    return (row.view(10, 20).mean(1).numpy() for row in (zero, linear))
 
+
+def gaussian_pictures(data, count):
+    """Draws from one Gaussian with full covariance per class, and their labels: no shapes, yet the judge calls
+    most of them right, so class accuracy alone proves nothing."""
     g = torch.Generator().manual_seed(0)
-    labels = torch.arange(len(data.test_x)) % len(data.names)
-    soup = torch.empty(len(labels), x.shape[1])
+    labels = torch.arange(count) % len(data.names)
+    x = torch.empty(count, *data.x.shape[1:])
     for k in range(len(data.names)):
-        own = to_float(data.x[data.y == k]).flatten(1).cpu()
-        if len(own) < 2:
-            own = to_float(data.x[:2]).flatten(1).cpu()
-        z = torch.randn(int((labels == k).sum()), len(own), generator=g)
-        soup[labels == k] = own.mean(0) + z @ (own - own.mean(0)) / math.sqrt(len(own) - 1)
-    soup = soup.clamp(-1, 1).view(-1, *data.x.shape[1:]).to(data.x.device)
-    real, probabilities = judged(judge, to_float(data.test_x))
-    soup_features, soup_probabilities = judged(judge, soup)
-    order = torch.randperm(len(data.x), generator=g)[:len(data.test_x)]
+        own = to_float(data.x[data.y == k if int((data.y == k).sum()) > 1 else slice(2)]).cpu()
+        z = torch.randn(int((labels == k).sum()), len(own), generator=g)  # mixes the class's own deviations
+        x[labels == k] = own.mean(0) + torch.tensordot(z, own - own.mean(0), 1) / math.sqrt(len(own) - 1)
+    return x.clamp(-1, 1).to(data.x.device), labels.to(data.x.device)
+
+
+def reference(data, judge):
+    """The rows that stand beside every number, computed once a run: losses of the trivial predictors, and the
+    judge's features and accuracy on held-out real, training and Gaussian pictures."""
+    def accuracy(probabilities, labels):
+        return float((probabilities.argmax(1) == labels).float().mean())
+
+    zero, linear = trivial_losses(data)
+    count = len(data.test_x)
+    soup, soup_labels = gaussian_pictures(data, count)
+    test, on_test = judged(judge, to_float(data.test_x))
+    gaussian, on_gaussian = judged(judge, soup)
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))[:count]
     train, _ = judged(judge, to_float(data.x[order.to(data.x.device)]))
-    return SimpleNamespace(
-        zero=zero, linear=linear, soup=soup_features, test=real, train=train,
-        accuracy=float((probabilities.argmax(1) == data.test_y).float().mean()),
-        soup_accuracy=float((soup_probabilities.argmax(1).cpu() == labels).float().mean()))
+    return SimpleNamespace(zero=zero, linear=linear, test=test, train=train, soup=gaussian,
+                           accuracy=accuracy(on_test, data.test_y),
+                           soup_accuracy=accuracy(on_gaussian, soup_labels))
 
 
 @torch.no_grad()
 def losses_by_t(model, data, count=500):
     """v-loss on held-out pictures in 10 buckets of t, the same t and eps for three label choices: (3, 10)
-    array of the right label, null, and a wrong label. Rows 2 - 1 and 3 - 1 say what a label is worth (label
-    gain)."""
+    array of the right label, null, and a wrong label. Rows 2 - 1 and 3 - 1 say what a label is worth."""
     g = torch.Generator().manual_seed(seed_of(SEED, "val"))
     x_0, y, K = to_float(data.val_x[:count]), data.val_y[:count], len(data.names)
     wrong = (y + 1 + torch.randint(K - 1, (len(y),), generator=g).to(y.device)) % K if K > 1 else y
@@ -447,7 +454,7 @@ def losses_by_t(model, data, count=500):
         for row, labels in enumerate((y, torch.full_like(y, K), wrong)):
             with autocast(x_0.device):
                 parts = zip(*(z.split(64) for z in (x_0, labels, t, eps)))
-                losses = [loss_fn(model, *part) for part in parts]
+                losses = [loss_fn(model, *part, weighted=False) for part in parts]
             table[row, bucket] = torch.cat(losses).double().mean().cpu()
     return table.numpy()
 
@@ -534,14 +541,16 @@ def report(folder, model, data, judge, ref, epoch, count, log=None, board=None):
     draw_reconstructions(folder, model, data, epoch)
     draw_one_step(folder, model, data, epoch)
     draw_loss_by_t(folder, arrays.table, ref, epoch)
-    draw_sweep(folder, model, data, judge, ref, epoch, max(10, count // 5))
+    draw_sweep(folder, model, data, judge, ref, epoch, max(10, count // 8))
     draw_neighbours(folder, arrays, data, epoch)
     draw_labels(folder, model, data, epoch)
     draw_features(folder, arrays, ref, epoch)
     draw_confusion(folder, arrays.confusion, data, metrics, epoch)
     draw_schedule(folder)
-    if log is not None and log.exists():
-        draw_curves(folder, common.read_log(log), ref, epoch)
+    if log is not None and log.exists() and log.stat().st_size:
+        rows = common.read_log(log)
+        seen = rows["step"] <= epoch * steps_per_epoch(data)  # an older checkpoint: the curves up to there
+        draw_curves(folder, {k: v[seen] for k, v in rows.items()}, ref, epoch)
     if board is not None:
         for name, m in metrics.items():
             board.add_scalar(f"eval/{name}", m["value"], epoch)
@@ -579,7 +588,7 @@ def draw_collage(folder, model, data, epoch, columns=10):
     chosen = [path[round(i * (len(path) - 1) / (columns - 1))] for i in range(columns)]
     stack = torch.stack([torch.stack(step[1:]) for step in chosen], dim=2)  # (2, K, columns, C, H, W)
     rows = stack.transpose(0, 1).flatten(0, 1)  # x_t and x_0_hat of a class below each other
-    figure = tile(to_picture(rows / rows.abs().amax((-1, -2, -3), keepdim=True).clamp(min=1)), cell=0.7,
+    figure = tile(to_picture(rows), cell=0.7,
                   rows=[n for name in data.names for n in (f"{name}  x_t", "x_0_hat")],
                   columns=[f"t={t:.2f}" for t, _, _ in chosen], title=f"epoch {epoch}: denoising, {recipe()}")
     save_artifact(folder, "collage", stack.cpu(), figure)
@@ -607,7 +616,7 @@ def draw_reconstructions(folder, model, data, epoch, count=8, t_one=0.8, sweep=(
         return [f"{p:.1f} dB r {c:.2f}" for p, c in zip(psnr(x, x_0, 2.0).tolist(), correlation(x).tolist())]
 
     a, x_t, guess, out = results[t_one]
-    rows = torch.stack([x_0, x_t / x_t.abs().amax((1, 2, 3), keepdim=True), guess, out])
+    rows = torch.stack([x_0, x_t, guess, out])
     titles = [[data.names[k] for k in y.tolist()], [""] * len(y), quality(guess), quality(out)]
     save_artifact(folder, "recon", rows.cpu(), tile(
         to_picture(rows), titles=titles, rows=["original", f"x_t, t={t_one}", "one step", "sampled"],
@@ -696,14 +705,18 @@ def draw_sweep(folder, model, data, judge, ref, epoch, count):
 
 
 def draw_neighbours(folder, arrays, data, epoch, count=8, k=3):
-    """The samples most like a training picture (flips count) beside their nearest ones: copying would show
-    here."""
+    """The samples most like a training picture beside their nearest ones: copying would show here."""
     both = torch.cat([to_float(data.x), to_float(data.x).flip(-1)])
-    distance, index = nearest(flat(arrays.x), flat(both), k=k)
-    order = distance[:, 0].argsort()[:count].to(both.device)
-    index = index.to(both.device)[order]
-    rows = torch.cat([arrays.x[order][:, None], both[index]], dim=1)  # (count, 1 + k, C, H, W)
-    titles = [[data.names[arrays.labels[i]], *(f"{d:.3f}" for d in distance[i])] for i in order.tolist()]
+    distance, index = (z.cpu() for z in nearest(flat(arrays.x), flat(both), k=min(2 * k, len(both))))
+    order, pictures, titles = distance[:, 0].argsort()[:count].tolist(), [], []
+    for i in order:
+        found = {}
+        for d, n in zip(distance[i].tolist(), index[i].tolist()):
+            found.setdefault(n % len(data.x), (d, n))  # a picture and its mirror image count once
+        found = list(found.values())[:k]
+        pictures.append(torch.stack([arrays.x[i], *(both[n] for _, n in found)]))
+        titles.append([data.names[arrays.labels[i]], *(f"{d:.3f}" for d, _ in found)])
+    rows = torch.stack(pictures)  # (count, 1 + k, C, H, W)
     save_artifact(folder, "neighbours", rows.cpu(), tile(
         to_picture(rows), titles=titles, columns=["sample"] + [f"train {i + 1}" for i in range(k)],
         title=f"epoch {epoch}: closest of {len(arrays.x)}; rms distance"))
@@ -756,7 +769,7 @@ def draw_labels(folder, model, data, epoch):
     names = [*data.names, "null"]
     centred = table - table.mean(0)
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-12)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4))
     flat_map, few = pca(table), min(3, (len(table) - 1) / 3)
     embedded = tsne(table, few)
     for ax, y, title in ((axes[0], flat_map, "PCA: read this one"),
@@ -823,8 +836,6 @@ def draw_schedule(folder):
 
 def draw_curves(folder, log, ref, epoch):
     """Loss beside its trivial predictors, learning rate and gradient norm over the optimizer steps."""
-    if not log:
-        return
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.2))
     step, loss = log["step"], log["loss"]
     width = max(1, len(loss) // 100)
@@ -855,6 +866,8 @@ def check_settings(world=1):
             fail(f"{name}={globals()[name]} must be above 0")
     if SAMPLES < 10:
         fail(f"SAMPLES={SAMPLES}: the numbers of a report need at least 10 pictures")
+    if OVERFIT_TINY and OVERFIT_TINY < 6:
+        fail(f"OVERFIT_TINY={OVERFIT_TINY}: the numbers of a report need at least 6 pictures; 0 takes all")
     if SIZE % factor:
         fail(f"SIZE={SIZE} does not divide by {factor}: PATCH={PATCH}, {levels - 1} halvings in {MULTS=}")
     if len(ATTENTION) != levels:
@@ -900,14 +913,14 @@ def build_ema(checkpoint, device):
     return model
 
 
-def inference_full(checkpoint, folder):
+def inference_full(checkpoint, folder, log):
     """Redraw every metric and diagnostic of a checkpoint's epoch into `folder`, the same bits as in the run.
     checkpoint: from common.load_checkpoint, its settings already put back (sample.py --full does both)."""
     device = common.pick_device()
     data, judge, ref = prepare(device)
     step = checkpoint["step"]
     return report(folder, build_ema(checkpoint, device), data, judge, ref, step // steps_per_epoch(data),
-                  samples_at(step, data), log=folder.parent / "log.csv")
+                  samples_at(step, data), log)
 
 
 def save_samples(checkpoint, folder, prompt, count, seed):
@@ -987,8 +1000,8 @@ def main():
             guard=dict(vars(guard)), **vars(at), classes=len(data.names), names=data.names, data=data.hash)
 
     def save_last():
-        """last.pt is also where a rollback goes, so a state that may be diverging is not worth keeping; a resumed
-        run comes to the same bits from an older file."""
+        """last.pt is also where a rollback goes, so a state that may be diverging is not worth keeping; a
+        resumed run comes to the same bits from an older file."""
         if guard.healthy or at.step >= total:
             save(last)
 

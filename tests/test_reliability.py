@@ -87,8 +87,8 @@ def test_killed_at_the_worst_moments_equals_unbroken(launch, unbroken):
     at = [EPOCHS, "EVAL_EVERY=1"]  # saves after 7 and 14 steps
     run = launch(*at, fault=STUB + "at_call('draw_batch', 11, kill())")
     assert run.code == -signal.SIGKILL and state(run.folder)["step"] == 7 and len(log(run.folder)) == 10
-    # every save renames twice; the run saves once at its start, so call 4 is in the middle of the second save
-    run = launch(*at, fault=STUB + "at_call('replace', 4, kill(), os)")
+    # renames: one of the log, two of the save at the start, so call 5 is in the middle of the second save
+    run = launch(*at, fault=STUB + "at_call('replace', 5, kill(), os)")
     assert run.code == -signal.SIGKILL and not (run.folder / "last.pt").exists()
     run = launch(*at, "SAVE_SECONDS=0", fault=STUB + """
 old = torch.save
@@ -384,12 +384,13 @@ def test_bad_checkpoints(launch, unbroken):
             k: v for k, v in before.items() if k.suffix == ".pt"}
     assert not (folder.parent / "owned").exists()
     last = str(folder / "last.pt")
-    for content, text in cases[:5]:
-        content = dict(content, ema=content["model"]) if text == "missing" else content
-        if text != "no 'optimizer'":
-            torch.save(content, last)
-            run = launch("--checkpoint", last, program="sample")
-            assert run.code == 2 and "Traceback" not in run.output, (text, run.output)
+    for content, text in ((dict(good, script="train_other"), "made by 'train_other'"), (dict(good, ema=smaller["model"]), "missing"),
+                          (dict(good, settings=dict(good["settings"], NEW=1)), "does not know"), (cases[2][0], "more than tensors"),
+                          ({k: v for k, v in good.items() if k != "ema"}, "no 'ema'")):
+        torch.save(content, last)
+        run = launch("--checkpoint", last, program="sample")
+        assert run.code == 2 and text in run.output and "Traceback" not in run.output, (text, run.output)
+        assert not (folder / "samples").exists()
 
 
 # ---------------------------------------------------------------- two processes
