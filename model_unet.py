@@ -60,7 +60,7 @@ def modulated_group_norm(x, groups, scale, shift):
 
 def upsample_conv(x, conv):
     """conv(nearest upsampling of x by 2), as ONE transposed convolution of the small grid. Each 2 x 2 of the
-    large grid holds one number four times, so the taps that meet it are added beforehand: 4 products a position
+    large grid holds one number four times, so the taps that meet it are added beforehand: 4 products a place
     instead of 9 (8 instead of 27 in 3D), and the large grid never exists at the wide channel count."""
     dims = x.ndim - 2
     kernel = conv.weight.flip(tuple(range(2, x.ndim)))  # a transposed convolution reads its kernel backwards

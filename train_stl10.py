@@ -389,9 +389,9 @@ def solve_heun(model, x, t_first, labels, w, noise):
 
 # ---------------------------------------------------------------- evaluation
 def trivial_losses(data):
-    """Held-out v-loss in 10 buckets of t of two predictors that are no network. Zero: E v^2 = a^2 + s^2 E x_0^2.
-    Best linear: the denoiser of a Gaussian with the training mean and covariance, along each principal axis of
-    variance lam x_0_hat = mean + k (x_t - a mean), k = a lam / (a^2 lam + s^2)."""
+    """Held-out v-loss in 10 buckets of t of predictors without a network. Zero: E v^2 = a^2 + s^2 E x_0^2.
+    Best linear: the denoiser of a Gaussian with the training mean and covariance; along a principal axis of
+    variance lam it is x_0_hat = mean + k (x_t - a mean), k = a lam / (a^2 lam + s^2)."""
     x, val = (to_float(u[:2000].cpu()).flatten(1).double() for u in (data.x, data.val_x))
     mean, pixels = x.mean(0), x.shape[1]
     values, vectors = torch.linalg.eigh((x - mean) @ (x - mean).T / len(x))  # N x N, not pixels x pixels
@@ -410,8 +410,8 @@ def trivial_losses(data):
 
 
 def gaussian_pictures(data, count):
-    """Draws from one Gaussian with full covariance per class, and their labels: no shapes, yet the judge calls
-    most of them right, so class accuracy alone proves nothing."""
+    """Draws from one Gaussian with full covariance per class, and their labels. No shapes, yet the judge
+    calls most of them right: class accuracy alone proves nothing."""
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % len(data.names)
     x = torch.empty(count, *data.x.shape[1:])
