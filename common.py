@@ -1,10 +1,10 @@
 """
-The plumbing every train_*.py shares: settings, run folders, checkpoints that survive, the guarded step, artifacts.
+The plumbing every train_*.py shares: settings, run folders, checkpoints that survive, steps that are guarded.
 Nothing here knows what a model, a loss, a noise schedule or a data set is.
 
-    override(globals())                       NAME=value, --name value: the command line over a script's constants
-    run = start(__file__, globals())          seed, device, process group, lock, run folder, last checkpoint if any
-    save_checkpoint / load_checkpoint         atomic, verified, plain types only, never over the last good file
+    override(globals())                       the command line over a script's constants: NAME=value
+    run = start(__file__, globals())          seed, device, process group, lock, run folder, last checkpoint
+    save_checkpoint / load_checkpoint         atomic, verified, plain types, never over the last good file
     guarded_step, Guard                       clip; skip non-finite and exploding steps; say when to go back
     ema_update, lr_at, seed_of                averaged weights; warm-up + cosine; one seed for every purpose
     save_artifact, tile, save_metrics         NPY for programs and PNG for people; metrics.json
@@ -53,12 +53,14 @@ def fail(message):
 
 # ---------------------------------------------------------------- settings
 def settings(namespace):
-    """The UPPER_CASE plain constants of a script, as a dict: what is printed, logged and kept in checkpoints."""
+    """The UPPER_CASE plain constants of a script, as a dict: what is printed, logged and kept in
+    checkpoints."""
     return {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, PLAIN)}
 
 
 def convert(name, text, default):
-    """The value that `text` means for a setting whose default is `default`; ValueError when the types do not agree."""
+    """The value that `text` means for a setting whose default is `default`; ValueError when the types do not
+    agree."""
     if isinstance(default, str):
         return text
     try:
@@ -72,14 +74,15 @@ def convert(name, text, default):
     if type(value) is not type(default):
         raise ValueError(f"{name} is {type(default).__name__} (default {default!r}), got {text!r}")
     if isinstance(default, tuple) and default and any(
-            type(v) is not type(default[0]) and not (isinstance(default[0], float) and type(v) is int) for v in value):
+            type(v) is not type(default[0]) and (type(v), type(default[0])) != (int, float) for v in value):
         raise ValueError(f"{name} is a tuple like {default!r}, got {text!r}")
     return value
 
 
 def override(namespace, args=None):
-    """Replace a script's constants: `LR=1e-4 WIDTHS=32,64`, `--lr 1e-4`, `--lr=1e-4`, a bare `--flag` for True.
-    A row of the script's table EXPERIMENTS (EXPERIMENT=name) comes first, so single settings win over it."""
+    """Replace a script's constants: `LR=1e-4 WIDTHS=32,64`, `--lr 1e-4`, `--lr=1e-4`, a bare `--flag` for
+    True. A row of the script's table EXPERIMENTS (EXPERIMENT=name) comes first, so single settings win over
+    it."""
     known, args, given = settings(namespace), list(sys.argv[1:] if args is None else args), {}
     listing = "\n".join(f"  {k} = {v!r}" for k, v in known.items())
     while args:
@@ -90,7 +93,7 @@ def override(namespace, args=None):
         name, eq, text = arg.partition("=")
         if arg.startswith("--"):
             name = name[2:].replace("-", "_").upper()
-            if not eq and isinstance(known.get(name), bool) and (not args or args[0] not in ("True", "False")):
+            if not eq and isinstance(known.get(name), bool) and args[:1] not in (["True"], ["False"]):
                 text = "True"
             elif not eq and name in known:
                 text = args.pop(0) if args else fail(f"{arg} needs a value")
@@ -125,11 +128,12 @@ class Run:
     world: int
     checkpoint: dict | None
     signal: int = 0              # the signal that asked us to stop
-    interruptible: bool = False  # inside an evaluation: no state changes there, so a signal may break off at once
+    interruptible: bool = False  # in an evaluation no state changes, so a signal may break it off at once
     keep: list = field(default_factory=list)  # open files that hold the lock
 
     def stopping(self):
-        """True when a signal asked for an end, on any rank: all ranks then leave the loop at the same step."""
+        """True when a signal asked for an end, on any rank: all ranks then leave the loop at the same
+        step."""
         if self.world == 1:
             return bool(self.signal)
         flag = torch.tensor(float(self.signal), device=self.device)
@@ -139,8 +143,8 @@ class Run:
 
     @contextlib.contextmanager
     def evaluation(self):
-        """Around code that reads the state but does not change it. The global RNG comes back as it was. A signal or a
-        full disk breaks it off without an exception."""
+        """Around code that reads the state but does not change it. The global RNG comes back as it was. A
+        signal or a full disk breaks it off without an exception."""
         try:
             with torch.random.fork_rng():
                 self.interruptible = True
@@ -159,7 +163,8 @@ class Interrupted(BaseException):  # so that no `except Exception` on the way sw
 
 
 def catch_signals(run):
-    """Ctrl-C and SIGTERM ask for a clean end: the step in progress is finished and saved. A second one ends at once."""
+    """Ctrl-C and SIGTERM ask for a clean end: the step in progress is finished and saved. A second one ends
+    at once."""
     def handler(number, frame):
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, signal.SIG_DFL)
@@ -189,33 +194,37 @@ class Unbreakable:
 
 
 def keep_memory():
-    """Tell glibc to keep freed blocks: by default every large tensor is returned to the system and its pages are
-    faulted in again at the next step (1.1 to 1.6 times slower steps on a CPU). Harmless where there is no glibc."""
+    """Tell glibc to keep freed blocks: by default every large tensor is returned to the system and its pages
+    are faulted in again at the next step (1.1 to 1.6 times slower steps on a CPU). Harmless where there is no
+    glibc."""
     with contextlib.suppress(Exception):
         import ctypes
         libc = ctypes.CDLL("libc.so.6")
-        for name, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        for name, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
             libc.mallopt(name, value)
 
 
 def pick_device():
-    """cuda (this process's card under torchrun), mps or cpu."""
+    """cuda (this process's card under torchrun), mps or cpu, set up for speed."""
+    torch.set_float32_matmul_precision("high")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    keep_memory()
+    return torch.device("cpu")
 
 
 def start(script, namespace, free=()):
-    """Everything before the model: seed, device, process group, lock, run folder OUT/<script without train_>, and the
-    checkpoint to continue from. RESUME=True continues when the settings agree (those named in `free` may differ),
-    RESUME=False moves an old folder aside. Exits with code 2 when the settings differ or another process runs here."""
+    """Everything before the model: seed, device, process group, lock, run folder OUT/<script without train_>,
+    and the checkpoint to continue from. RESUME=True continues when the settings agree (those named in `free`
+    may differ), RESUME=False moves an old folder aside. Exits with code 2 when the settings differ or another
+    process runs here."""
     name = Path(script).stem.removeprefix("train_")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, now = pick_device(), settings(namespace)
-    if device.type == "cpu":
-        keep_memory()
-    torch.set_float32_matmul_precision("high")
     torch.manual_seed(namespace["SEED"])
     if world > 1 and not dist.is_initialized():
         # the others wait while rank 0 draws a report, however long; torchrun itself notices a dead rank
@@ -256,7 +265,8 @@ def start(script, namespace, free=()):
             (folder / "settings.json").write_text(json.dumps(now, indent=1))
             (folder / "environment.txt").write_text(
                 f"python {platform.python_version()}\ntorch {torch.__version__}\nnumpy {np.__version__}\n"
-                f"platform {platform.platform()}\ndevice {device}\nthreads {torch.get_num_threads()}\nworld {world}\n")
+                f"platform {platform.platform()}\ndevice {device}\nthreads {torch.get_num_threads()}\n"
+                f"world {world}\n")
         except OSError as error:
             fail(f"cannot write the run folder {folder}: {error.strerror}; give another OUT")
         print(f"{run.script} on {device}" + (f" x {world}" if world > 1 else "") + ":",
@@ -266,15 +276,16 @@ def start(script, namespace, free=()):
 
 
 def take_lock(run, path):
-    """Two processes never write one folder. The system drops the lock when its owner dies, also by kill -9, so a file
-    that was left behind is simply taken over."""
+    """Two processes never write one folder. The system drops the lock when its owner dies, also by kill -9,
+    so a file that was left behind is simply taken over."""
     handle = open(path, "a+")
     if fcntl is not None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
-            fail(f"another process ({handle.read().strip() or 'unknown'}) writes {run.folder}; wait, or give another OUT")
+            owner = handle.read().strip() or "unknown"
+            fail(f"another process ({owner}) writes {run.folder}; wait, or give another OUT")
     handle.truncate(0)
     handle.write(f"pid {os.getpid()}")
     handle.flush()
@@ -289,13 +300,14 @@ def write_changes(run, folder):
     with contextlib.suppress(OSError, ValueError):
         old = json.loads(record.read_text())
     now = json.loads(json.dumps(run.settings))
-    changed = [f"  - {k}: {old[k]!r} -> {now[k]!r}" for k in now if k in old and old[k] != now[k] and k != "RESUME"]
+    changed = [f"  - {k}: {old[k]!r} -> {v!r}" for k, v in now.items()
+               if old.get(k, v) != v and k != "RESUME"]
     kind = "resumed" if run.checkpoint is not None else "new run"
     if kind == "new run" or changed:
         with open(book, "a") as f:
             f.write(f"- {time.strftime('%Y-%m-%d %H:%M')} ({kind})\n"
-                    + ("\n".join(["  Changed:", *changed]) if changed else "  first run" if not old else "  repeat")
-                    + "\n")
+                    + ("  Changed:\n" if changed else "  repeat\n" if old else "  first run\n")
+                    + "".join(line + "\n" for line in changed))
     record.write_text(json.dumps(now))
 
 
@@ -310,8 +322,8 @@ def all_finite(value):
 
 
 def verify(path):
-    """Raises unless the file is a whole torch zip whose every byte matches its CRC: torch.load alone would accept a
-    flipped bit and return a weight of 1e37."""
+    """Raises unless the file is a whole torch zip whose every byte matches its CRC: torch.load alone would
+    accept a flipped bit and return a weight of 1e37."""
     with zipfile.ZipFile(path) as z:
         bad = z.testzip()
     if bad is not None:
@@ -330,10 +342,10 @@ def intact(path):
 
 
 def save_checkpoint(path, run, **state):
-    """Write {script, settings, format, **state} so that a kill, a full disk or a bug can never cost the last good file:
-    a temporary file beside it, flushed to the disk, read back, then renamed; the file before stays as *.prev.pt.
-    Values: plain types, tensors and state_dicts. Returns False, after one line, when it could not be written or when
-    the state is not finite: training goes on and the next save tries again."""
+    """Write {script, settings, format, **state} so that a kill, a full disk or a bug can never cost the last
+    good file: a temporary file beside it, flushed to the disk, read back, then renamed; the file before stays
+    as *.prev.pt. Values: plain types, tensors and state_dicts. Returns False, after one line, when it could
+    not be written or when the state is not finite: training goes on and the next save tries again."""
     path = Path(path)
     temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".prev.pt")
     if not all_finite(state):
@@ -345,7 +357,7 @@ def save_checkpoint(path, run, **state):
             f.flush()
             os.fsync(f.fileno())
         verify(temporary)
-        torch.load(temporary, mmap=True, weights_only=True)  # reads no weights, but refuses what we could not load
+        torch.load(temporary, mmap=True, weights_only=True)  # reads no weights, refuses what cannot be loaded
         if intact(path):  # a damaged file must not push out the good one before it
             os.replace(path, previous)
         os.replace(temporary, path)
@@ -365,12 +377,12 @@ def save_checkpoint(path, run, **state):
 class Checkpoint(dict):
     """What was saved. A key that is not there is the user's mistake: the file comes from other code."""
     def __missing__(self, key):
-        fail(f"the checkpoint of {self['script']} has no {key!r}: it was not saved by this version of the script")
+        fail(f"the checkpoint of {self['script']} has no {key!r}: another version of the script saved it")
 
 
 def load_checkpoint(path, device="cpu", missing_ok=False):
-    """The newest intact one of last.pt and last.prev.pt, and says so when it is not the first. Only tensors and plain
-    types are ever unpickled. Exits with code 2 when there is nothing intact to read."""
+    """The newest intact one of last.pt and last.prev.pt, and says so when it is not the first. Only tensors
+    and plain types are ever unpickled. Exits with code 2 when there is nothing intact to read."""
     path, found = Path(path), False
     for candidate in (path, path.with_suffix(".prev.pt")):
         if not candidate.exists():
@@ -381,7 +393,8 @@ def load_checkpoint(path, device="cpu", missing_ok=False):
         try:
             state = torch.load(candidate, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
-            fail(f"{candidate} refused: it holds more than tensors and plain values ({str(error).splitlines()[0][:80]})")
+            reason = str(error).splitlines()[0][:80]
+            fail(f"{candidate} refused: it holds more than tensors and plain values ({reason})")
         except (RuntimeError, ValueError, EOFError) as error:  # a damaged header that the CRC does not cover
             print(f"{candidate} is damaged ({str(error)[:80]})", file=sys.stderr, flush=True)
             continue
@@ -399,9 +412,11 @@ def load_checkpoint(path, device="cpu", missing_ok=False):
 
 
 def load_strictly(module, state, what):
-    """load_state_dict, strict: a weight that is missing, left over or of another shape is one line and exit code 2."""
+    """load_state_dict, strict: a weight that is missing, left over or of another shape is one line and exit
+    code 2."""
     own = module.state_dict()
-    problems = ([f"missing {k}" for k in own if k not in state] + [f"left over {k}" for k in state if k not in own]
+    problems = ([f"missing {k}" for k in own if k not in state]
+                + [f"left over {k}" for k in state if k not in own]
                 + [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
                    for k in own if k in state and own[k].shape != state[k].shape])
     if problems:
@@ -412,14 +427,14 @@ def load_strictly(module, state, what):
 
 # ---------------------------------------------------------------- training
 def seed_of(*parts):
-    """One 63-bit seed from any plain values, e.g. seed_of(SEED, "step", 17): every random draw of a run is a function
-    of its place, so a resumed run needs no RNG state to repeat an unbroken one."""
+    """One 63-bit seed from any plain values, e.g. seed_of(SEED, "step", 17): every random draw of a run is a
+    function of its place, so a resumed run needs no RNG state to repeat an unbroken one."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def lr_at(step, steps, peak, warmup=0.05):
-    """Learning rate of optimizer step `step` of `steps`: linear warm-up over the first share, then a cosine to zero.
-    Counts optimizer steps, never micro-batches."""
+    """Learning rate of optimizer step `step` of `steps`: linear warm-up over the first share, then a cosine
+    to zero. Counts optimizer steps, never micro-batches."""
     w = max(1, int(warmup * steps))
     if step < w:
         return peak * (step + 1) / w
@@ -428,8 +443,8 @@ def lr_at(step, steps, peak, warmup=0.05):
 
 @torch.no_grad()
 def ema_update(ema, model, decay, step):
-    """ema <- d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)): a short memory at first, so that short
-    runs sample sensibly. Matched by name; buffers are copied."""
+    """ema <- d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)): a short memory at first, so
+    that short runs sample sensibly. Matched by name; buffers are copied."""
     d = min(decay, (1 + step) / (10 + step))
     new, old = dict(model.named_parameters()), dict(ema.named_parameters())
     torch._foreach_lerp_([old[k] for k in old], [new[k] for k in old], 1 - d)
@@ -443,11 +458,12 @@ class Guard:
     """
     Decides whether a step is taken and when a run must go back. All of it is in the checkpoint (vars(guard)).
 
-    Spikes: a gradient norm g is refused if it is not finite or above `factor` x average; then, refused or not,
-    average <- b average + (1 - b) min(g, factor x average): an average that only accepted steps could move would
-    freeze for ever after a lasting rise. A rise by R is accepted again after ln(R/factor) / ln(1 + (1-b)(factor-1))
-    steps; after `patience` refusals in a row the run goes back to its last good checkpoint with half the step.
-    Loss watchdog: the same when the loss average stays above `limit` x its lowest for `patience` steps.
+    Spikes: a gradient norm g is refused if it is not finite or above `factor` x average; then, refused or
+    not, average <- b average + (1 - b) min(g, factor x average): an average that only accepted steps could
+    move would freeze for ever after a lasting rise. A rise by R is accepted again after ln(R/factor) / ln(1 +
+    (1-b)(factor-1)) steps; after `patience` refusals in a row the run goes back to its last good checkpoint
+    with half the step. Loss watchdog: the same when the loss average stays above `limit` x its lowest for
+    `patience` steps.
     """
     factor: float = 5.0
     b: float = 0.95
@@ -492,15 +508,16 @@ class Guard:
         return self.in_a_row > self.patience or self.high > self.patience
 
     def after_rollback(self, broken):
-        """Called on the guard of the good checkpoint: half the LR, and another window of data (see seed_of)."""
+        """Called on the guard of the good checkpoint: half the LR, and another window of data (see
+        seed_of)."""
         self.rollbacks, self.lr_scale = broken.rollbacks + 1, broken.lr_scale / 2
         self.skipped, self.in_a_row, self.high = broken.skipped, 0, 0
 
 
 def guarded_step(optimizer, parameters, guard, loss, clip):
-    """Clip the gradient norm, ask the guard, step, clear the gradients. loss: float, the mean over the whole step.
-    Returns (gradient norm before clipping, taken). clip_grad_norm_ with one infinite gradient silently makes NaN of
-    it and 0 of all others, so the norm decides before the optimizer sees anything."""
+    """Clip the gradient norm, ask the guard, step, clear the gradients. loss: float, the mean over the whole
+    step. Returns (gradient norm before clipping, taken). clip_grad_norm_ with one infinite gradient silently
+    makes NaN of it and 0 of all others, so the norm decides before the optimizer sees anything."""
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
     taken = guard.accepts(norm, loss)
     if taken:
@@ -514,9 +531,10 @@ unwritten = set()  # logs whose last row was lost
 
 
 def open_log(path, step):
-    """log.csv ready to append: what a resumed run will write again (rows after `step`) and any half line go."""
+    """log.csv ready to append: what a resumed run will write again (rows after `step`) and any half line
+    go."""
     if path.exists():
-        lines = path.read_text(errors="replace").split("\n")[:-1]  # what follows the last newline is half a line
+        lines = path.read_text(errors="replace").split("\n")[:-1]  # after the last newline: half a line
         kept = [line for i, line in enumerate(lines) if i == 0 or line.split(",")[0].isdigit()
                 and int(line.split(",")[0]) <= step]
         temporary = path.with_suffix(".tmp")
@@ -525,8 +543,8 @@ def open_log(path, step):
 
 
 def log_row(path, **row):
-    """Append one line to a CSV in one write, so a kill never leaves half of it; the first call writes the header.
-    A full disk costs the row, never the run; it is said once."""
+    """Append one line to a CSV in one write, so a kill never leaves half of it; the first call writes the
+    header. A full disk costs the row, never the run; it is said once."""
     line = ",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in row.values()) + "\n"
     try:
         with open(path, "ab", buffering=0) as f:
@@ -550,7 +568,8 @@ def read_log(path):
 
 
 def save_artifact(folder, name, array, figure=None):
-    """<folder>/<name>.npy is the data, <name>.png what a person sees of it (a matplotlib figure, closed here)."""
+    """<folder>/<name>.npy is the data, <name>.png what a person sees of it (a matplotlib figure, closed
+    here)."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     np.save(Path(folder) / f"{name}.npy", np.asarray(array))
     if figure is not None:
@@ -559,8 +578,8 @@ def save_artifact(folder, name, array, figure=None):
 
 
 def tile(pictures, title="", titles=None, rows=None, columns=None, cell=1.0):
-    """A matplotlib figure of a table of pictures. pictures: (R, N, H, W, 3) or (R, N, H, W), floats in [0, 1];
-    titles: R x N strings above the tiles; rows, columns: names at the edges; cell: inches a tile."""
+    """A matplotlib figure of a table of pictures. pictures: (R, N, H, W, 3) or (R, N, H, W), floats in [0,
+    1]; titles: R x N strings above the tiles; rows, columns: names at the edges; cell: inches a tile."""
     r, n, h, w = pictures.shape[:4]
     gap = 0.2 if titles is not None else 0.04
     left, top = (0.95 if rows is not None else 0.1), 0.45 + (0.2 if columns is not None else 0)
@@ -569,22 +588,24 @@ def tile(pictures, title="", titles=None, rows=None, columns=None, cell=1.0):
     figure.text(0.1 / width, 1 - 0.25 / height, title, fontsize=9, va="center")
     for i in range(r):
         for j in range(n):
-            x, y = left + j * (cell + 0.06), height - top - (i + 1) * (cell * h / w + gap) + (0.04 if titles is None else 0)
+            x, y = left + j * (cell + 0.06), height - top - (i + 1) * (cell * h / w + gap)
             ax = figure.add_axes([x / width, y / height, cell / width, cell * h / w / height])
             ax.imshow(np.clip(pictures[i, j], 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.axis("off")
             if titles is not None:
                 ax.set_title(titles[i][j], fontsize=6.5, pad=1.5)
             if i == 0 and columns is not None:
-                figure.text((x + cell / 2) / width, 1 - (top - 0.1) / height, columns[j], fontsize=7, ha="center")
+                figure.text((x + cell / 2) / width, 1 - (top - 0.1) / height, columns[j], size=7, ha="center")
         if rows is not None:
-            figure.text((left - 0.08) / width, (y + cell * h / w / 2) / height, rows[i], fontsize=8, ha="right", va="center")
+            middle = (y + cell * h / w / 2) / height
+            figure.text((left - 0.08) / width, middle, rows[i], size=8, ha="right", va="center")
     return figure
 
 
 def save_metrics(run, folder, metrics, **facts):
-    """metrics.json in the epoch folder and, with facts of the whole run, in the run folder. metrics: name -> dict with
-    value, floor (trivial predictor), ceiling (real held-out data), better, n; None where one does not apply."""
+    """metrics.json in the epoch folder and, with facts of the whole run, in the run folder. metrics: name ->
+    dict with value, floor (trivial predictor), ceiling (real held-out data), better, n; None where one does
+    not apply."""
     order = ("value", "floor", "ceiling", "better", "n")
     table = {k: {o: m.get(o) for o in order} for k, m in metrics.items()}
     text = json.dumps(table, indent=1)
@@ -595,10 +616,11 @@ def save_metrics(run, folder, metrics, **facts):
 
 
 def open_tensorboard(folder):
-    """A SummaryWriter in <run folder>/tensorboard, or None after one line when the optional package is missing."""
+    """A SummaryWriter in <run folder>/tensorboard, or None after one line when the optional package is
+    missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("TENSORBOARD=True needs the optional package tensorboard (pip install tensorboard); log.csv is always written")
+        print("TENSORBOARD=True needs the optional package tensorboard (pip install tensorboard)")
         return None
     return SummaryWriter(folder / "tensorboard")

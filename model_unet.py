@@ -211,8 +211,8 @@ class UNet(nn.Module):
                 level["blocks"].append(stage(c + w, w, attention[i]))
                 c = w
             self.up.append(level)
-        self.norm = nn.GroupNorm(groups, width)
-        self.head = conv(width, c_out * patch**dims, 3, padding=1)
+        self.norm = nn.GroupNorm(groups, c)
+        self.head = conv(c, c_out * patch**dims, 3, padding=1)
         self.init_weights()
 
     def init_weights(self):

@@ -11,7 +11,7 @@ The same seed gives the same picture here and in the run. What cannot work is on
 """
 
 import argparse
-import importlib
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +44,8 @@ def load(path, overrides=()):
     checkpoint = load_checkpoint(path)
     if checkpoint["script"] not in SCRIPTS:
         fail(f"{path} was made by {checkpoint['script']!r}, not by one of {', '.join(SCRIPTS)}")
+    if importlib.util.find_spec(checkpoint["script"]) is None:
+        fail(f"{path} was made by {checkpoint['script']}.py, which is not here")
     script = importlib.import_module(checkpoint["script"])  # definitions only: main() hides behind the guard
     unknown = sorted(checkpoint["settings"].keys() - settings(vars(script)).keys())
     if unknown:
@@ -63,7 +65,7 @@ def main():
     script, checkpoint = load(args.checkpoint, overrides)
     folder = args.out or args.checkpoint.parent / ("full" if args.full else "samples")
     if args.export:
-        whole = {"model", "optimizer", "guard", "script", "settings", "format"}  # the rest is what sampling needs
+        whole = {"model", "optimizer", "guard", "script", "settings", "format"}  # sampling needs the rest
         target = args.out or args.checkpoint.parent / "ema.pt"
         run = SimpleNamespace(script=checkpoint["script"], settings=checkpoint["settings"])
         if save_checkpoint(target, run, **{k: v for k, v in checkpoint.items() if k not in whole}):

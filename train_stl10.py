@@ -96,9 +96,12 @@ RESUME = True        # continue OUT/stl10 when its settings agree; False moves i
 def load_data(folder, device):
     """Pictures as uint8 (N, 3, SIZE, SIZE) and labels (N,) on the device: x, y to train on, val held out of
     the training split by a fixed hash, test for Frechet and friends only. Raises ValueError or OSError."""
-    x, y = stl10.load(folder, "train", SIZE)
-    test_x, test_y = stl10.load(folder, "test", SIZE)
+    (x, y), (test_x, test_y) = (stl10.load(folder, split, SIZE) for split in ("train", "test"))
     held_out = stl10.validation_mask(y)
+    # shuffled once: a data set stored class by class must not make "the first N pictures" mean one class
+    order, test_order = (np.random.default_rng(0).permutation(len(labels)) for labels in (y, test_y))
+    x, y, held_out = x[order], y[order], held_out[order]
+    test_x, test_y = test_x[test_order], test_y[test_order]
     data = SimpleNamespace(names=stl10.class_names(folder), hash=stl10.data_hash(folder))
     parts = dict(x=x[~held_out], y=y[~held_out], val_x=x[held_out], val_y=y[held_out],
                  test_x=test_x, test_y=test_y)
@@ -390,7 +393,7 @@ def solve_heun(model, x, t_first, labels, w, noise):
 # ---------------------------------------------------------------- evaluation
 def trivial_losses(data):
     """Held-out v-loss in 10 buckets of t of predictors without a network. Zero: E v^2 = a^2 + s^2 E x_0^2.
-    Best linear: the denoiser of a Gaussian with the training mean and covariance; along a principal axis of
+    Linear: the denoiser of a Gaussian with the training mean and covariance; along a principal axis of
     variance lam it is x_0_hat = mean + k (x_t - a mean), k = a lam / (a^2 lam + s^2)."""
     x, val = (to_float(u[:2000].cpu()).flatten(1).double() for u in (data.x, data.val_x))
     mean, pixels = x.mean(0), x.shape[1]
@@ -647,12 +650,12 @@ def draw_one_step(folder, model, data, epoch):
 
 
 def draw_loss_by_t(folder, table, ref, epoch):
-    """Held-out loss in ten buckets of t beside the zero and the best linear predictor, and what a label is
+    """Held-out loss in ten buckets of t beside the zero and the linear predictor, and what a label is
     worth."""
     middle = (np.arange(10) + 0.5) / 10
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     left.plot(middle, ref.zero, ":", color="gray", label=f"zero predictor {ref.zero.mean():.3f}")
-    left.plot(middle, ref.linear, "--", color="tab:orange", label=f"best linear {ref.linear.mean():.3f}")
+    left.plot(middle, ref.linear, "--", color="tab:orange", label=f"linear {ref.linear.mean():.3f}")
     left.plot(middle, table[0], "o-", label=f"model {table[0].mean():.4f}")
     left.set(yscale="log", xlabel="t (0 data, 1 noise)", ylabel="held-out v-loss", title=f"epoch {epoch}")
     right.axhline(0, color="gray", lw=0.8)
@@ -843,7 +846,7 @@ def draw_curves(folder, log, ref, epoch):
     left.plot(step, loss, color="lightgray", lw=0.5)
     left.plot(step[width - 1:], smooth, label=f"train, mean of {width}")
     left.axhline(ref.zero.mean(), ls=":", color="gray", label="zero predictor")
-    left.axhline(ref.linear.mean(), ls="--", color="tab:orange", label="best linear predictor")
+    left.axhline(ref.linear.mean(), ls="--", color="tab:orange", label="linear predictor")
     left.set(yscale="log", xlabel="step", ylabel="v-loss", title=f"epoch {epoch}"), left.legend(fontsize=7)
     middle.plot(step, log["lr"]), middle.set(xlabel="step", title="learning rate")
     right.plot(step, log["grad_norm"], lw=0.5)
@@ -979,7 +982,8 @@ def summary(metrics):
 
 def main():
     check_settings(int(os.environ.get("WORLD_SIZE", 1)))
-    run = start(__file__, globals(), free="EPOCHS EVAL_EVERY KEEP_EVERY SAVE_SECONDS TENSORBOARD".split())
+    free = "EPOCHS EVAL_EVERY KEEP_EVERY SAVE_SECONDS TENSORBOARD COMPILE"  # may differ when a run goes on
+    run = start(__file__, globals(), free.split())
     data, judge, ref = prepare(run.device, run.rank, run.world)
     torch.manual_seed(SEED)
     model = build_model(len(data.names)).to(run.device)
@@ -1002,8 +1006,7 @@ def main():
     def save_last():
         """last.pt is also where a rollback goes, so a state that may be diverging is not worth keeping; a
         resumed run comes to the same bits from an older file."""
-        if guard.healthy or at.step >= total:
-            save(last)
+        return save(last) if guard.healthy or at.step >= total else True
 
     def restore(saved):
         common.load_strictly(model, saved["model"], "last.pt")
@@ -1031,13 +1034,13 @@ def main():
         board = common.open_tensorboard(run.folder) if TENSORBOARD else None
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{len(data.x)} training pictures of {len(data.names)} classes, {parameters:,} parameters, "
-              f"{per_epoch} steps an epoch; loss of the zero predictor {ref.zero.mean():.3f}, of the best "
+              f"{per_epoch} steps an epoch; loss of the zero predictor {ref.zero.mean():.3f}, of the "
               f"linear one {ref.linear.mean():.3f}; judge's accuracy on held-out pictures {ref.accuracy:.3f}")
         with run.evaluation():  # once, small, before hours are spent: a broken evaluation shows now
             evaluate(ema, data, judge, ref, 10)
         save(last)
     bar = tqdm(total=total, initial=at.step, disable=True if run.rank else None, dynamic_ncols=True)
-    losses, saved_at, clock, earlier = [], time.monotonic(), time.monotonic(), at.seconds
+    losses, saved_at, clock, earlier, written = [], time.monotonic(), time.monotonic(), at.seconds, True
 
     while not run.stopping():
         epoch = at.step // per_epoch
@@ -1062,7 +1065,7 @@ def main():
                     save(run.folder / "best.pt")
                 if KEEP_EVERY and epoch % KEEP_EVERY == 0:
                     save(run.folder / f"epoch_{epoch:04d}.pt")
-                save_last()
+                written = save_last()
             continue
         if at.step >= total:
             break
@@ -1110,6 +1113,8 @@ def main():
             save_last()
             print(f"stopped by signal {run.signal} after step {at.step}; start again to continue", flush=True)
         sys.exit(128 + run.signal)
+    if run.rank == 0 and not written:
+        fail(f"the run is complete but its last checkpoint is not: make room and start again to write {last}")
 
 
 if __name__ == "__main__":

@@ -60,9 +60,6 @@ from model_unet import UNet
 KEEP_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "10000000000", "MALLOC_TRIM_THRESHOLD_": "10000000000",
                "MALLOC_TOP_PAD_": "67108864"}
 
-# a thread that spins while the other one is kept from its core burns its own; sleeping costs little
-FAIR = {"OMP_WAIT_POLICY": "PASSIVE"}
-
 # row: (network, tricks, channels_last, settings of our network)
 ROWS = {
     "ddp, plain": ("ddp", False, False, {}),
@@ -155,7 +152,7 @@ def measure(row, size, batch, width, steps):
 
 
 def in_own_process(row, args):
-    env = {k: v for k, v in os.environ.items() if k not in KEEP_BLOCKS} | FAIR
+    env = {k: v for k, v in os.environ.items() if k not in KEEP_BLOCKS}
     env |= KEEP_BLOCKS if ROWS[row][1] else {}
     command = [sys.executable, __file__, "--row", row]
     command += [f"--{k}={getattr(args, k)}" for k in ("size", "batch", "width", "steps")]

@@ -1,4 +1,5 @@
-"""What all tests share: one thread each, the repository on the path, a tiny data set, and runs of a whole script."""
+"""What all tests share: one thread each, the repository on the path, a tiny data set, and runs of a whole
+script."""
 import json
 import os
 import select
@@ -19,8 +20,8 @@ torch.set_num_threads(1)
 TINY = ("SIZE=16 WIDTH=8 MULTS=1,1 ATTENTION=False,True BATCH_SIZE=4 STEPS=2 SAMPLES=10 SWEEP=1.0,2.0 "
         "PRECISION=fp32").split()  # an optimizer step in hundredths of a second, with dropout
 
-# One warm process imports the script; every run is a fork of it that may be killed, and costs no imports. Reads one
-# job a line: settings, environment, output file, and code to run before main(): the fault.
+# One warm process imports the script; every run is a fork of it that may be killed, and costs no imports.
+# Reads one job a line: settings, environment, output file, and code to run before main(): the fault.
 ZYGOTE = """
 import functools, json, os, signal, sys, time, traceback
 import torch
@@ -73,7 +74,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def zygote():
     """The warm process."""
-    process = subprocess.Popen([sys.executable, "-c", ZYGOTE], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-c", ZYGOTE], cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE,
                                env=dict(os.environ, CUDA_VISIBLE_DEVICES=""), bufsize=0)
     assert process.stdout.readline() == b"ready\n"
     yield process
@@ -83,7 +85,8 @@ def zygote():
 
 @pytest.fixture
 def launch(zygote, tiny, tmp_path):
-    """launch(*settings, fault="", out="runs") runs train_stl10.py on the tiny data and returns code (negative:
+    """launch(*settings, fault="", out="runs") runs train_stl10.py on the tiny data and returns code
+    (negative:
     the signal that killed it), output, and folder (of the run)."""
     def run(*settings, fault="", out="runs", program="train", limit=120, **environment):
         home = tmp_path / out

@@ -1,5 +1,5 @@
-"""common.py with toy states: settings, checkpoints under every fault, the guard, logs. Rows and faults by number are
-those of the table of incidents. SLOW=1 adds a checkpoint of more than 4 GB."""
+"""common.py with toy states: settings, checkpoints under every fault, the guard, logs. Rows and faults are
+numbered as in the design notes. SLOW=1 adds a checkpoint of more than 4 GB."""
 import argparse
 import copy
 import gc
@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 
 
 def toy(step=0, size=4):
-    return dict(step=step, w=torch.full((size, size), float(step)), nested=dict(a=[torch.arange(3), None], b="text"))
+    return dict(step=step, w=torch.full((size, size), float(step)),
+                nested=dict(a=[torch.arange(3), None], b="text"))
 
 
 def forked(work):
@@ -58,15 +59,18 @@ def refused(capsys, call):
 
 # ---------------------------------------------------------------- settings
 def script(**more):
-    return dict(__doc__="doc", LR=1e-3, EPOCHS=5, FILM=True, NAME="x", MULTS=(1, 2), RANGE=(0.2, 5.0), FLAGS=(True,), EXPERIMENT="",
-                EXPERIMENTS={"big": dict(LR=0.5, EPOCHS=9)}, helper=print, **more)
+    return dict(__doc__="doc", LR=1e-3, EPOCHS=5, FILM=True, NAME="x", MULTS=(1, 2), RANGE=(0.2, 5.0),
+                FLAGS=(True,), EXPERIMENT="", EXPERIMENTS={"big": dict(LR=0.5, EPOCHS=9)},
+                helper=print, **more)
 
 
 @pytest.mark.parametrize("args, name, value", [
-    ("LR=1e-4", "LR", 1e-4), ("LR=2", "LR", 2.0), ("--lr 1e-4", "LR", 1e-4), ("--lr=1e-4", "LR", 1e-4), ("--lr -1", "LR", -1.0),
-    ("--film", "FILM", True), ("--film False", "FILM", False), ("FILM=False", "FILM", False), ("MULTS=3", "MULTS", (3,)),
-    ("MULTS=1,2,3", "MULTS", (1, 2, 3)), ("RANGE=0,1", "RANGE", (0, 1)), ("NAME=1e-4", "NAME", "1e-4"), ("NAME=", "NAME", ""),
-    ("EXPERIMENT=big LR=0.1", "LR", 0.1), ("LR=0.1 EXPERIMENT=big", "LR", 0.1), ("EXPERIMENT=big", "EPOCHS", 9)])
+    ("LR=1e-4", "LR", 1e-4), ("LR=2", "LR", 2.0), ("--lr 1e-4", "LR", 1e-4), ("--lr=1e-4", "LR", 1e-4),
+    ("--lr -1", "LR", -1.0), ("--film", "FILM", True), ("--film False", "FILM", False),
+    ("FILM=False", "FILM", False), ("MULTS=3", "MULTS", (3,)), ("MULTS=1,2,3", "MULTS", (1, 2, 3)),
+    ("RANGE=0,1", "RANGE", (0, 1)), ("NAME=1e-4", "NAME", "1e-4"), ("NAME=", "NAME", ""),
+    ("EXPERIMENT=big LR=0.1", "LR", 0.1), ("LR=0.1 EXPERIMENT=big", "LR", 0.1),
+    ("EXPERIMENT=big", "EPOCHS", 9)])
 def test_override(args, name, value):
     """Every spelling people type; single settings win over a row of EXPERIMENTS wherever they stand."""
     namespace = script()
@@ -75,12 +79,14 @@ def test_override(args, name, value):
 
 
 @pytest.mark.parametrize("args, text", [
-    ("LRR=1", "did you mean LR"), ("lr=1", "unknown setting 'lr'"), ("EPOCHS=1.5", "EPOCHS is int"), ("EPOCHS=True", "EPOCHS is int"),
-    ("EPOCHS=", "EPOCHS is int"), ("LR=fast", "LR is float"), ("LR=__import__('os')", "LR is float"), ("FILM=1", "FILM is bool"),
-    ("MULTS=1,a", "MULTS is a tuple"), ("MULTS=1.5,2", "MULTS is a tuple"), ("FLAGS=1", "FLAGS is a tuple"), ("LR", "NAME=value"),
-    ("--lr", "needs a value"), ("EXPERIMENT=none", "one of big"), ("helper=1", "unknown setting"), ("__doc__=1", "unknown setting")])
+    ("LRR=1", "did you mean LR"), ("lr=1", "unknown setting 'lr'"), ("EPOCHS=1.5", "EPOCHS is int"),
+    ("EPOCHS=True", "EPOCHS is int"), ("EPOCHS=", "EPOCHS is int"), ("LR=fast", "LR is float"),
+    ("LR=__import__('os')", "LR is float"), ("FILM=1", "FILM is bool"), ("MULTS=1,a", "MULTS is a tuple"),
+    ("MULTS=1.5,2", "MULTS is a tuple"), ("FLAGS=1", "FLAGS is a tuple"), ("LR", "NAME=value"),
+    ("--lr", "needs a value"), ("EXPERIMENT=none", "one of big"), ("helper=1", "unknown setting"),
+    ("__doc__=1", "unknown setting")])
 def test_override_refuses(args, text, capsys):
-    """A wrong name lists every setting, a wrong type names the right one; nothing is evaluated; exit code 2."""
+    """A wrong name lists every setting, a wrong type names the right one; no code runs; exit code 2."""
     namespace = script()
     before = dict(namespace)
     message = refused(capsys, lambda: common.override(namespace, args.split()))
@@ -90,7 +96,7 @@ def test_override_refuses(args, text, capsys):
 
 # ---------------------------------------------------------------- checkpoints
 def test_killed_saves_keep_an_acknowledged_file(tmp_path):
-    """Row 1: kill -9 at 50 random moments of endless saves: what was reported as saved, or newer, always loads."""
+    """Row 1: kill -9 at 50 random moments of endless saves: what was reported as saved always loads."""
     random.seed(0)
     path, start = tmp_path / "last.pt", 0
     for _ in range(50):
@@ -119,7 +125,7 @@ def test_killed_saves_keep_an_acknowledged_file(tmp_path):
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("name, call", [("fsync", 1), ("replace", 1), ("replace", 2), ("fsync", 2)])
 def test_killed_between_any_two_steps_of_a_save(tmp_path, name, call, damaged):
-    """Row 1: a kill before each single system call of a save, also when last.pt was damaged before: a file stays."""
+    """Row 1: a kill before each system call of a save, also over a damaged last.pt: an intact file stays."""
     path = tmp_path / "last.pt"
     common.save_checkpoint(path, RUN, **toy(1))
     common.save_checkpoint(path, RUN, **toy(2))
@@ -131,7 +137,8 @@ def test_killed_between_any_two_steps_of_a_save(tmp_path, name, call, damaged):
         setattr(os, name, lambda *a: os.kill(os.getpid(), 9) if next(count) == call else old(*a))
         common.save_checkpoint(path, RUN, **toy(3))
     code = end_of(forked(work))
-    assert code == -9 or damaged and (name, call) == ("replace", 2)  # a damaged file is not kept: one rename less
+    assert code == -9 or damaged and (name, call) == ("replace",
+                                                      2)  # a damaged file is not kept: one rename less
     assert common.load_checkpoint(path)["step"] >= (1 if damaged else 2)
 
 
@@ -148,7 +155,7 @@ def test_damaged_file_never_replaces_the_good_one(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_every_flipped_bit_is_found(tmp_path, capsys):
-    """Row 1: a flipped bit anywhere gives the same values or the file before, said so; torch.load would not notice."""
+    """Row 1: a flipped bit anywhere is found, or harmless, and said; torch.load alone would not notice."""
     path = tmp_path / "last.pt"
     for step in (1, 2):
         common.save_checkpoint(path, RUN, **toy(step))
@@ -173,7 +180,7 @@ def test_every_flipped_bit_is_found(tmp_path, capsys):
 
 @pytest.mark.parametrize("keep", [0, 1, 30, 0.5, 0.9, 0.999])
 def test_truncated_file(tmp_path, keep, capsys):
-    """Row 1: last.pt cut short or empty: the file before; with none left exit code 2, never a silent fresh start."""
+    """Row 1: last.pt cut short or empty: the file before; with none left exit code 2, no silent new run."""
     path = tmp_path / "last.pt"
     for step in (1, 2):
         common.save_checkpoint(path, RUN, **toy(step))
@@ -213,7 +220,7 @@ def bad_saves():
 
 @pytest.mark.parametrize("kind", bad_saves())
 def test_a_failing_save_keeps_the_last_file(tmp_path, kind, monkeypatch, capsys):
-    """Rows 1 and 2: a write that stops half way silently, one that raises, a full disk: one line, no stump."""
+    """Rows 1 and 2: a write that stops half way, lies, raises, meets a full disk: one line, no stump."""
     path = tmp_path / "last.pt"
     assert common.save_checkpoint(path, RUN, **toy(1))
     with monkeypatch.context() as patch:
@@ -239,7 +246,8 @@ def test_file_size_limit(tmp_path):
     assert common.load_checkpoint(path)["step"] == 3
 
 
-@pytest.mark.parametrize("value", [np.float64(1), np.random.get_state(), Path("x"), argparse.Namespace(a=1), print,
+@pytest.mark.parametrize("value",
+                         [np.float64(1), np.random.get_state(), Path("x"), argparse.Namespace(a=1), print,
                                    lambda: 0, torch.tensor(math.nan), [{"a": torch.tensor([1.0, math.inf])}]])
 def test_only_finite_tensors_and_plain_values_are_saved(tmp_path, value):
     """Row 3 and fault 15: what could not be loaded again, or holds NaN, is never written over a good file."""
@@ -277,7 +285,8 @@ def test_load_strictly(capsys):
     net = torch.nn.Linear(2, 3)
     state = net.state_dict()
     before = copy.deepcopy(state)
-    for bad, text in ((dict(bias=state["bias"]), "missing weight"), (dict(state, more=torch.zeros(1)), "left over more"),
+    for bad, text in ((dict(bias=state["bias"]), "missing weight"),
+                      (dict(state, more=torch.zeros(1)), "left over more"),
                       (dict(state, bias=torch.zeros(4)), "bias is (4,), expected (3,)")):
         assert text in refused(capsys, lambda: common.load_strictly(net, bad, "file"))
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
@@ -300,7 +309,9 @@ def begin(tmp_path, monkeypatch, **more):
     monkeypatch.setattr(sys, "stdout", sys.stdout), monkeypatch.setattr(sys, "stderr", sys.stderr)
     file = tmp_path / "train_toy.py"
     file.write_text("LR = 0.1")
-    return common.start(str(file), dict(LR=0.1, EPOCHS=2, SEED=0, OUT=str(tmp_path / "runs"), RESUME=True) | more, free=("EPOCHS",))
+    return common.start(str(file),
+                        dict(LR=0.1, EPOCHS=2, SEED=0, OUT=str(tmp_path / "runs"), RESUME=True) | more,
+                        free=("EPOCHS",))
 
 
 def end(run):
@@ -308,7 +319,7 @@ def end(run):
 
 
 def test_run_folder(tmp_path, monkeypatch, capsys):
-    """Faults 8 and 10: stray files go, a free setting may differ, another one is named before anything is written."""
+    """Faults 8 and 10: stray files go, a free setting may differ, another is named, nothing written."""
     run = begin(tmp_path, monkeypatch)
     assert run.checkpoint is None
     common.save_checkpoint(run.folder / "last.pt", run, **toy(1))
@@ -332,7 +343,7 @@ def test_run_folder(tmp_path, monkeypatch, capsys):
 
 
 def test_lock(tmp_path):
-    """Fault 18: the second process is refused; kill -9 of the owner frees the folder, whatever its file says."""
+    """Fault 18: the second process is refused; kill -9 of the owner frees the folder."""
     read, write = os.pipe()
 
     def work():
@@ -352,7 +363,7 @@ def test_lock(tmp_path):
 
 
 def test_evaluation_leaves_no_trace():
-    """Row 11: whatever an evaluation draws or seeds, the global generator comes back; a full disk does not end a run."""
+    """Row 11: whatever an evaluation seeds, the global generator comes back; a full disk ends no run."""
     run = common.Run("s", {}, Path(), CPU, 0, 1, None)
     torch.manual_seed(3)
     expected = torch.rand(2)
@@ -392,7 +403,7 @@ def test_lr_at():
 
 
 def test_ema_update():
-    """ema after n updates towards a constant is 1 - prod d_i, d_i = min(decay, (1 + i)/(10 + i)); buffers are copied."""
+    """After n updates towards 1: 1 - prod d_i, d_i = min(decay, (1 + i)/(10 + i)); buffers are copied."""
     model, ema = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(ema.weight)
     model.running_mean.fill_(5)
@@ -427,7 +438,7 @@ def quadratic(seed=0):
 
 @pytest.mark.parametrize("fault", ["nan loss", "inf in one gradient", "1000 times the batch"])
 def test_bad_step_changes_nothing(fault):
-    """Faults 11 to 13, row 5: parameters and optimizer stay bit for bit, the step is counted, the next ones go on."""
+    """Faults 11 to 13, row 5: weights and optimizer keep every bit, the step is counted, the next goes on."""
     net, optimizer, backward = quadratic()
     guard = Guard()
     for _ in range(40):
@@ -461,8 +472,8 @@ def test_without_the_guard_one_inf_destroys_the_weights():
 
 @pytest.mark.parametrize("rise", [6, 30, 1000])
 def test_lasting_rise_is_accepted_in_the_computed_time(rise):
-    """Row 5: after a lasting R-fold rise of the norm, steps resume after ln(R/factor)/ln(1+(1-b)(factor-1)) refusals;
-    an average moved by accepted steps alone would refuse for ever."""
+    """Row 5: after a lasting R-fold rise of the norm, steps resume after ln(R/factor)/ln(1+(1-b)(factor-1))
+    refusals; an average moved by accepted steps alone would refuse for ever."""
     guard = Guard(patience=100)
     for _ in range(100):
         assert guard.accepts(1.0, 1.0)
@@ -476,16 +487,18 @@ def test_lasting_rise_is_accepted_in_the_computed_time(rise):
 def test_guard_starts_with_any_norm_and_never_holds_nan():
     """Row 5: NaN first, a large norm among the first steps, NaN now and then: no NaN enters the averages."""
     guard = Guard()
-    for norm, loss in ((math.nan, 1.0), (math.inf, math.nan), (50.0, 9.0), (1.0, 1.0), (1.0, math.nan), (math.nan, 1.0), (1.0, 1.0)):
+    for norm, loss in ((math.nan, 1.0), (math.inf, math.nan), (50.0, 9.0), (1.0, 1.0), (1.0, math.nan),
+                       (math.nan, 1.0), (1.0, 1.0)):
         guard.accepts(norm, loss)
         assert all(math.isfinite(v) for k, v in vars(guard).items() if k != "lowest")
     assert guard.skipped == 4 and guard.in_a_row == 0 and guard.seen == 3
     assert common.all_finite(vars(guard)) and Guard(**vars(guard)) == guard
 
 
-@pytest.mark.parametrize("loss, norm, lost", [(math.nan, 1.0, True), (1.0, math.nan, True), (3.0, 1.0, True), (1.5, 1.0, False)])
+@pytest.mark.parametrize("loss, norm, lost",
+                         [(math.nan, 1.0, True), (1.0, math.nan, True), (3.0, 1.0, True), (1.5, 1.0, False)])
 def test_lasting_damage_is_noticed(loss, norm, lost):
-    """Row 6 and fault 14: a lasting NaN, or a loss of twice its lowest average, means going back; noise does not."""
+    """Row 6, fault 14: a lasting NaN, or a loss of twice its lowest average, means going back; noise not."""
     random.seed(0)
     guard = Guard()
     for _ in range(300):
@@ -506,7 +519,7 @@ def test_lasting_damage_is_noticed(loss, norm, lost):
 
 # ---------------------------------------------------------------- logs
 def test_log(tmp_path):
-    """Fault 19: rows after the checkpoint, half lines and what a power cut leaves behind go; the rest is untouched."""
+    """Fault 19: rows after the checkpoint, half lines, what a power cut leaves: gone; the rest stays."""
     path = tmp_path / "log.csv"
     common.open_log(path, 0)
     for step in range(1, 6):
@@ -537,10 +550,11 @@ def test_log_on_a_full_disk(tmp_path):
 
 
 def test_metrics_json(tmp_path):
-    """No number stands alone: value, floor, ceiling, direction and count, and facts of the run beside them."""
+    """No number stands alone: value, floor, ceiling, direction and count, and facts of the run."""
     run = common.Run("s", {}, tmp_path, CPU, 0, 1, None)
     (tmp_path / "epoch").mkdir()
-    common.save_metrics(run, tmp_path / "epoch", {"a": dict(value=1.0, floor=0.0, better="higher")}, seconds=3.0)
+    common.save_metrics(run, tmp_path / "epoch", {"a": dict(value=1.0, floor=0.0, better="higher")},
+                        seconds=3.0)
     row = dict(value=1.0, floor=0.0, ceiling=None, better="higher", n=None)
     assert json.loads((tmp_path / "epoch" / "metrics.json").read_text()) == {"a": row}
     assert json.loads((tmp_path / "metrics.json").read_text())["a"] == row

@@ -1,4 +1,4 @@
-"""Whole runs of train_stl10.py with a fault in each; the rows are those of the table of incidents in README.md."""
+"""Whole runs of train_stl10.py with a fault in each; rows and faults are numbered as in the design notes."""
 import csv
 import os
 import re
@@ -15,12 +15,13 @@ import torch
 import common
 from conftest import ROOT, TINY
 
-# A report draws 15 figures in seconds; most faults do not need them. This one reads the same random numbers at most.
+# A report draws 15 figures in seconds; most faults do not need them. This one draws a random number instead.
 STUB = """
 def stub(folder, model, *rest):
     folder.mkdir(parents=True, exist_ok=True)
     torch.rand(1)
-    row = dict(value=1.0 - 0.1 * len(list(folder.parent.glob("epoch_*"))), floor=1.0, ceiling=None, better="lower", n=1)
+    row = dict(value=1.0 - 0.1 * len(list(folder.parent.glob("epoch_*"))), floor=1.0, ceiling=None,
+    better="lower", n=1)
     return {k: row for k in "val_loss class_accuracy frechet recall label_gain memorised".split()}
 real_report, script.report = script.report, stub
 def at_call(name, number, action, of=script):
@@ -45,7 +46,8 @@ def state(folder, name="last.pt"):
 def log(folder):
     """log.csv as text, less the clock."""
     with open(folder / "log.csv") as f:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "samples_per_s")} for row in csv.DictReader(f)]
+        return [{k: v for k,
+                 v in row.items() if k not in ("seconds", "samples_per_s")} for row in csv.DictReader(f)]
 
 
 def difference(a, b, path="state"):
@@ -57,7 +59,9 @@ def difference(a, b, path="state"):
             return f"{path}: keys"
         return next((d for k in a if (d := difference(a[k], b[k], f"{path}.{k}"))), "")
     if isinstance(a, (list, tuple)):
-        return next((d for i, (x, y) in enumerate(zip(a, b, strict=True)) if (d := difference(x, y, f"{path}[{i}]"))), "")
+        return next((d for i,
+                     (x, y) in enumerate(zip(a, b, strict=True)) if (d := difference(x, y, f"{path}[{i}]"))),
+                     "")
     return "" if a == b else f"{path}: {a} {b}"
 
 
@@ -83,7 +87,7 @@ def launch_in(zygote, tiny, folder):
 
 # ---------------------------------------------------------------- the same bits after every kind of end
 def test_killed_at_the_worst_moments_equals_unbroken(launch, unbroken):
-    """Row 1 and the last paragraph: kill -9 in an epoch, inside two saves, then SIGTERM: resumed, the same bits."""
+    """Row 1: kill -9 in an epoch and inside two saves, then SIGTERM: resumed, the same bits."""
     at = [EPOCHS, "EVAL_EVERY=1"]  # saves after 7 and 14 steps
     run = launch(*at, fault=STUB + "at_call('draw_batch', 11, kill())")
     assert run.code == -signal.SIGKILL and state(run.folder)["step"] == 7 and len(log(run.folder)) == 10
@@ -121,13 +125,14 @@ script.report = first""")
 
 
 def test_signals(launch, unbroken):
-    """The last paragraph: Ctrl-C and SIGTERM save the finished step, exit 130 / 143; a second one ends at once."""
+    """Ctrl-C and SIGTERM save the finished step and exit with 130 / 143; a second one ends at once."""
     run = launch(EPOCHS, fault=STUB + "at_call('draw_batch', 6, kill(signal.SIGINT))")
     assert run.code == 130 and state(run.folder)["step"] == 6 and "Traceback" not in run.output
     run = launch(EPOCHS, fault=STUB + "at_call('draw_batch', 2, lambda: (kill(15)(), kill(15)()))")
     assert run.code == -signal.SIGTERM and state(run.folder)["step"] == 6
     # inside a report nothing changes, so it ends at once, and the next start draws the report again
-    run = launch(EPOCHS, "EVAL_EVERY=1", fault=STUB + "script.report = lambda *a: (kill(15)(), time.sleep(100))", limit=60)
+    run = launch(EPOCHS, "EVAL_EVERY=1",
+                 fault=STUB + "script.report = lambda *a: (kill(15)(), time.sleep(100))", limit=60)
     assert run.code == 143 and state(run.folder)["step"] == 7
     run = launch(EPOCHS, "EVAL_EVERY=1", fault=STUB)
     assert run.code == 0 and (run.folder / "epoch_0001").exists()
@@ -135,7 +140,7 @@ def test_signals(launch, unbroken):
 
 
 def test_damaged_last_falls_back(launch, unbroken):
-    """Row 1: one flipped bit in last.pt: the previous file is used, and said; both damaged: no silent fresh start."""
+    """Row 1: a flipped bit in last.pt: the file before is used, said so; both damaged: no silent new run."""
     run = launch(EPOCHS, "SAVE_SECONDS=0", fault=STUB + "at_call('draw_batch', 9, kill())")
     last = run.folder / "last.pt"
     flip(last)
@@ -159,25 +164,26 @@ def snapshot(folder):
 
 
 def test_finished_run_goes_on(launch, unbroken):
-    """A finished run with more EPOCHS continues, with the same or fewer it ends at once and changes nothing."""
+    """A finished run with more EPOCHS continues; with the same or fewer it ends at once, unchanged."""
     shutil.copytree(unbroken, launch("EPOCHS=0").folder)
     for fewer in ("EPOCHS=3", "EPOCHS=2"):
         run = launch(fewer, fault=STUB + "at_call('draw_batch', 1, kill())")
         assert run.code == 0, run.output
         same(run.folder, unbroken)
     run = launch("EPOCHS=4", fault=STUB)
-    assert run.code == 0 and state(run.folder)["step"] == 28 and "continuing after step 21 of 28" in run.output
+    assert run.code == 0 and state(run.folder)["step"] == 28
+    assert "continuing after step 21 of 28" in run.output
     assert log(run.folder)[:21] == log(unbroken)
 
 
 # ---------------------------------------------------------------- divergence
 def test_lasting_nan_goes_back_and_recovers(launch):
-    """Rows 5 and 6: a stretch of NaN losses: back to the last good state, half the step, another window of data."""
+    """Rows 5 and 6: a stretch of NaN losses: back to the last good state, half the LR, other batches."""
     run = launch("EPOCHS=6", "EVAL_EVERY=1", fault=STUB + """
 script.Guard = functools.partial(common.Guard, patience=3)
 old = script.loss_fn
-def broken(model, x_0, labels, t, eps):
-    loss = old(model, x_0, labels, t, eps)
+def broken(model, *batch, **more):
+    loss = old(model, *batch, **more)
     return loss * float("nan") if model.training and steps["now"] >= 16 and steps["attempt"] == 0 else loss
 steps = {}
 def draw(data, step, attempt=0, old=script.draw_batch):
@@ -196,13 +202,13 @@ def test_divergence_for_ever_ends_with_a_line(launch):
     run = launch("EPOCHS=2", "LR=1e-3", fault=STUB + """
 script.Guard = functools.partial(common.Guard, patience=1)
 old = script.loss_fn
-script.loss_fn = lambda model, *batch: old(model, *batch) * (float("nan") if model.training else 1)""")
+script.loss_fn = lambda model, *a, **k: old(model, *a, **k) * (float("nan") if model.training else 1)""")
     assert run.code == 2 and "sixth time" in run.output and run.output.count("diverged: back") == 5
     assert common.all_finite(state(run.folder)) and state(run.folder)["step"] == 0
 
 
 def test_planted_divergence_goes_back_to_a_good_state(launch):
-    """Row 6: weights blown up by accepted steps: the watchdog goes back, never to a state saved while diverging."""
+    """Row 6: weights blown up by an accepted step: back, and not to a state saved while diverging."""
     run = launch("EPOCHS=8", "EVAL_EVERY=1", fault=STUB + """
 script.Guard = functools.partial(common.Guard, patience=10)
 def step(handle, model, ema, optimizer, guard, data, at, *rest, old=script.train_step):
@@ -232,9 +238,9 @@ script.draw_batch = draw""")
 
 
 def test_mean_prediction_raises_the_alarm(launch):
-    """Row 7: a network whose output is disconnected trains on; every epoch says that it is no better than zero."""
+    """Row 7: a network whose output is disconnected: every epoch says that it is no better than zero."""
     run = launch("EPOCHS=30", fault=STUB + """
-def disconnected(model, x_0, labels, t, eps):
+def disconnected(model, x_0, labels, t, eps, **more):
     a, s = (c.to(x_0)[:, None, None, None] for c in script.schedule(t))
     anchor = 0 * sum(p.sum() for p in model.parameters())
     return (a * eps - s * x_0 + anchor).square().flatten(1).mean(1)
@@ -247,8 +253,8 @@ script.loss_fn = disconnected""")
 
 # ---------------------------------------------------------------- the disk
 def test_full_disk_costs_no_run(launch, unbroken):
-    """Row 2: files may not grow any more from step 6, not even log and output from step 9, until step 11: a line for
-    each save and report that is lost, and the run goes on to the same bits."""
+    """Row 2: files may not grow any more from step 6, not even log and output from step 9, until step 11: a
+    line for each save and report that is lost, and the run goes on to the same bits."""
     run = launch(EPOCHS, "EVAL_EVERY=1", "SAVE_SECONDS=0", fault=STUB + """
 import resource
 limit = lambda size: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -264,7 +270,8 @@ script.report = report""")
     assert not list(run.folder.glob("*.tmp"))
     assert difference(state(run.folder), state(unbroken)) == ""
     kept = log(run.folder)
-    assert [row for row in log(unbroken) if row["step"] not in ("9", "10")] == kept, "the lost rows alone, no half line"
+    assert [row for row in log(unbroken) if row["step"] not in ("9",
+        "10")] == kept, "the lost rows alone, no half line"
 
 
 def test_unwritable_folder(launch, tmp_path):
@@ -279,7 +286,7 @@ def test_unwritable_folder(launch, tmp_path):
 
 
 def test_two_runs_one_folder(launch, tmp_path):
-    """The last paragraph: the second process refuses and names the first; a lock whose owner died is taken over."""
+    """The second process on a folder refuses and names the first; a dead owner's lock is taken over."""
     holder = common.Run("train_stl10", {}, tmp_path / "runs" / "stl10", torch.device("cpu"), 0, 1, None)
     (tmp_path / "runs").mkdir()
     common.take_lock(holder, tmp_path / "runs" / "stl10.lock")
@@ -302,7 +309,7 @@ at_call("draw_batch", 6, kill())""")
 
 
 def test_save_that_raises_and_nan_weights(launch):
-    """Faults 5 and 15: a save that writes half and raises, and weights that are NaN: the last good file stays."""
+    """Faults 5 and 15: a save that writes half and raises, weights that are NaN: the last good file stays."""
     run = launch("EPOCHS=1", "SAVE_SECONDS=0", fault=STUB + """
 old = torch.save
 def half(value, f):
@@ -329,16 +336,19 @@ def test_evaluation_runs_before_training(launch):
     assert run.code == 1 and "mat1" in run.output and not (run.folder / "log.csv").exists()
 
 
-BAD = {"LRR=1": "did you mean LR", "LR=fast": "LR is float", "EPOCHS=1.5": "EPOCHS is int", "MULTS=1,a": "MULTS is a tuple",
-       "MULTS=1.5,1": "MULTS is a tuple", "ATTENTION=1,0": "ATTENTION is a tuple", "epochs": "NAME=value", "--lr": "needs a value",
-       "SIZE=18": "does not divide", "SIZE=20": "size 20 does not divide 96", "PATCH=0": "PATCH", "SOLVER=euler": "one of dpm++",
+BAD = {"LRR=1": "did you mean LR", "LR=fast": "LR is float", "EPOCHS=1.5": "EPOCHS is int",
+       "MULTS=1,a": "MULTS is a tuple",
+       "MULTS=1.5,1": "MULTS is a tuple", "ATTENTION=1,0": "ATTENTION is a tuple", "epochs": "NAME=value",
+       "--lr": "needs a value",
+       "SIZE=18": "does not divide", "SIZE=20": "size 20 does not divide 96", "PATCH=0": "PATCH",
+       "SOLVER=euler": "one of dpm++",
        "DATA=/nowhere": "the folder does not exist", "WIDTH=9": "divisible by 8", "MULTS=1,1,1": "ATTENTION",
        "INIT_FROM=/nowhere.pt": "does not exist"}
 
 
 @pytest.mark.parametrize("setting", BAD)
 def test_bad_setting(launch, setting):
-    """The last paragraph: each mistake is one clear line and exit code 2, and makes no checkpoint."""
+    """Each mistake is one clear line and exit code 2, and makes no checkpoint."""
     run = launch(setting)
     assert run.code == 2 and BAD[setting] in run.output, run.output
     assert run.output.count("error: ") == 1 and "Traceback" not in run.output
@@ -346,13 +356,14 @@ def test_bad_setting(launch, setting):
 
 
 def test_bad_data(launch, tiny, tmp_path):
-    """The last paragraph: missing and truncated binaries and labels out of range name the file and what was expected."""
+    """Missing and truncated binaries and labels out of range name the file and what was expected."""
     def damaged(name, change):
         folder = tmp_path / name
         shutil.copytree(tiny / "data", folder)
         change(folder)
         run = launch(f"DATA={folder}")
-        assert run.code == 2 and "Traceback" not in run.output and run.output.count("error: ") == 1, run.output
+        assert run.code == 2 and run.output.count("error: ") == 1, run.output
+        assert "Traceback" not in run.output
         assert not list(run.folder.glob("*.pt"))
         return run.output
     assert "test_X.bin: not found" in damaged("missing", lambda f: (f / "test_X.bin").unlink())
@@ -361,7 +372,7 @@ def test_bad_data(launch, tiny, tmp_path):
 
 
 def test_bad_checkpoints(launch, unbroken):
-    """Row 3 and the last paragraph: each unusable checkpoint is one line, exit code 2, and nothing is overwritten."""
+    """Row 3: each unusable checkpoint is one line and exit code 2, and nothing is overwritten."""
     folder = launch("EPOCHS=0").folder
     shutil.copytree(unbroken, folder)
     good = torch.load(folder / "last.pt", weights_only=True)
@@ -370,9 +381,12 @@ def test_bad_checkpoints(launch, unbroken):
         def __reduce__(self):
             return os.system, (f"touch {folder.parent / 'owned'}",)
     smaller = dict(good, model={k: v for i, (k, v) in enumerate(good["model"].items()) if i})
-    cases = [(dict(good, script="train_lm"), "train_lm.py"), (smaller, "missing"), (dict(good, ema=Evil()), "more than tensors"),
-             ({k: v for k, v in good.items() if k != "optimizer"}, "no 'optimizer'"), (dict(good, format=99), "format 99"),
-             (dict(good, data="other"), "other data"), ([1, 2], "not a checkpoint"), (dict(good, optimizer={}), "optimizer"),
+    cases = [(dict(good, script="train_lm"), "train_lm.py"), (smaller, "missing"),
+             (dict(good, ema=Evil()), "more than tensors"),
+             ({k: v for k, v in good.items() if k != "optimizer"}, "no 'optimizer'"),
+             (dict(good, format=99), "format 99"),
+             (dict(good, data="other"), "other data"), ([1, 2], "not a checkpoint"),
+             (dict(good, optimizer={}), "optimizer"),
              (dict(good, settings=dict(good["settings"], WIDTH=16)), "WIDTH: 16 there, 8 now")]
     for content, text in cases:
         torch.save(content, folder / "last.pt")
@@ -384,8 +398,10 @@ def test_bad_checkpoints(launch, unbroken):
             k: v for k, v in before.items() if k.suffix == ".pt"}
     assert not (folder.parent / "owned").exists()
     last = str(folder / "last.pt")
-    for content, text in ((dict(good, script="train_other"), "made by 'train_other'"), (dict(good, ema=smaller["model"]), "missing"),
-                          (dict(good, settings=dict(good["settings"], NEW=1)), "does not know"), (cases[2][0], "more than tensors"),
+    for content, text in ((dict(good, script="train_other"), "made by 'train_other'"),
+                          (dict(good, ema=smaller["model"]), "missing"),
+                          (dict(good, settings=dict(good["settings"], NEW=1)), "does not know"),
+                          (cases[2][0], "more than tensors"),
                           ({k: v for k, v in good.items() if k != "ema"}, "no 'ema'")):
         torch.save(content, last)
         run = launch("--checkpoint", last, program="sample")
@@ -395,21 +411,24 @@ def test_bad_checkpoints(launch, unbroken):
 
 # ---------------------------------------------------------------- two processes
 def test_torchrun_matches_one_process(launch, tiny, tmp_path):
-    """The last paragraph: two gloo processes give the losses of one, resume, and end together on an error."""
+    """torchrun: two gloo processes give the losses of one, resume, and end together on an error."""
     fixed = ["DROPOUT=0.0", "EPOCHS=1"]
     one = launch(*fixed, fault=STUB)
     (tmp_path / "two" / "cache").mkdir(parents=True)
     shutil.copy(*tiny.glob("judge_*.pt"), tmp_path / "two" / "cache")
     runner = tmp_path / "runner.py"
-    runner.write_text(f"import os, sys, signal, time\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, common\n"
+    runner.write_text("import os, sys, signal, time\n"
+                      f"sys.path.insert(0, {str(ROOT)!r})\nimport torch, common\n"
                       "torch.set_num_threads(1)\nimport train_stl10 as script\n" + STUB +
                       "common.override(vars(script))\nscript.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(runner),
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(runner),
                f"DATA={tiny / 'data'}", f"OUT={tmp_path / 'two'}", *TINY, *fixed]
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     two = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
     assert two.returncode == 0, two.stderr[-3000:]
-    losses = [[float(row["loss"]) for row in log(folder)] for folder in (one.folder, tmp_path / "two" / "stl10")]
+    losses = [[float(row["loss"]) for row in log(folder)] for folder in (one.folder,
+        tmp_path / "two" / "stl10")]
     assert len(losses[0]) == len(losses[1]) == 7
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     bad = subprocess.run([*command, "WIDTH=16"], capture_output=True, text=True, env=environment, timeout=180)
