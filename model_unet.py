@@ -120,7 +120,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels, groups, head_dim, context_dim=0):
         super().__init__()
-        self.heads = max(1, channels // head_dim)
+        wanted = max(1, channels // head_dim)
+        self.heads = next(h for h in range(wanted, 0, -1) if channels % h == 0)
         self.norm = nn.GroupNorm(groups, channels)
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_kv = nn.Linear(context_dim or channels, 2 * channels, bias=False)

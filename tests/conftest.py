@@ -1,5 +1,4 @@
-"""What all tests share: one thread each, the repository on the path, a tiny data set, and runs of a whole
-script."""
+"""What all tests share: one thread, the repository on the path, tiny data, and runs of a whole script."""
 import json
 import os
 import select
@@ -85,9 +84,8 @@ def zygote():
 
 @pytest.fixture
 def launch(zygote, tiny, tmp_path):
-    """launch(*settings, fault="", out="runs") runs train_stl10.py on the tiny data and returns code
-    (negative:
-    the signal that killed it), output, and folder (of the run)."""
+    """launch(*settings, fault="", out="runs") runs train_stl10.py on the tiny data and returns its code
+    (negative: the signal that killed it), its output, and the folder of the run."""
     def run(*settings, fault="", out="runs", program="train", limit=120, **environment):
         home = tmp_path / out
         arguments = list(settings)

@@ -1,4 +1,6 @@
-"""The house rules that a reader relies on: settings, imports, the commands of the documents, the pinned packages."""
+"""The house rules that a reader relies on: settings, imports, the commands of the documents, the pinned
+packages."""
+
 import ast
 import os
 import re
@@ -15,8 +17,12 @@ import common
 import sample
 
 TRAIN = sorted(ROOT.glob("train_*.py"))
-MODULES = sorted(p for p in ROOT.rglob("*.py") if not {"runs", ".venv", "__pycache__"} & set(p.relative_to(ROOT).parts)
-                 and not any(part.startswith(("runs", ".")) for part in p.relative_to(ROOT).parts))
+MODULES = sorted(
+    p
+    for p in ROOT.rglob("*.py")
+    if not {"runs", ".venv", "__pycache__"} & set(p.relative_to(ROOT).parts)
+    and not any(part.startswith(("runs", ".")) for part in p.relative_to(ROOT).parts)
+)
 SOURCES = [p for p in MODULES if p.parent.name != "tests"]
 README = ROOT / "README.md"
 WIDTH = 110
@@ -33,6 +39,7 @@ def named(paths):
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: literals at the top of a script, which override() replaces after the import
+
 
 def is_literal(node):
     try:
@@ -56,10 +63,15 @@ def stale(source):
     tree = ast.parse(source)
     values = [pair for statement in tree.body for pair in assigned(statement)]
     settings = {name for name, value in values if name.isupper() and value is not None and is_literal(value)}
-    complaints = [f"{name} is not a literal" for name, value in values if name.isupper() and not (value and is_literal(value))]
+    complaints = [
+        f"{name} is not a literal"
+        for name, value in values
+        if name.isupper() and not (value and is_literal(value))
+    ]
 
     def uses(node):
         return sorted({n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in settings})
+
     for name, value in values:
         if value is not None and uses(value):
             complaints.append(f"{name} is made from {uses(value)} at import")
@@ -67,7 +79,9 @@ def stale(source):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             for default in [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]:
                 if uses(default):
-                    complaints.append(f"a default of {getattr(node, 'name', 'a lambda')}() is {uses(default)}")
+                    complaints.append(
+                        f"a default of {getattr(node, 'name', 'a lambda')}() is {uses(default)}"
+                    )
             for decorator in getattr(node, "decorator_list", []):
                 if uses(decorator):
                     complaints.append(f"a decorator of {node.name}() reads {uses(decorator)}")
@@ -77,7 +91,11 @@ def stale(source):
                     complaints.append(f"class {node.name} reads {uses(statement)} when it is defined")
     for statement in tree.body:  # code that runs at import, outside the guard
         guard = isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test)
-        if isinstance(statement, (ast.For, ast.While, ast.With, ast.Expr, ast.If)) and not guard and uses(statement):
+        if (
+            isinstance(statement, (ast.For, ast.While, ast.With, ast.Expr, ast.If))
+            and not guard
+            and uses(statement)
+        ):
             complaints.append(f"line {statement.lineno} reads {uses(statement)} at import")
     return complaints
 
@@ -87,23 +105,40 @@ def test_an_override_reaches_every_use(path):
     assert stale(path.read_text()) == []
 
 
-@pytest.mark.parametrize("fault", [
-    "A = 1\nB = A * 2", "A = 1\nhalf = A / 2", "A = 1\ndef f(x=A): pass", "A = 1\ndef f(*, x=[A]): pass", "A = 1\ng = lambda x=A: x",
-    "A = len('abc')", "A = 1\nclass C:\n    size = A", "A = 1\nprint(A)", "A = 1\nfor i in range(A): pass", "A = 1\nA += 1\nb = [A]"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "A = 1\nB = A * 2",
+        "A = 1\nhalf = A / 2",
+        "A = 1\ndef f(x=A): pass",
+        "A = 1\ndef f(*, x=[A]): pass",
+        "A = 1\ng = lambda x=A: x",
+        "A = len('abc')",
+        "A = 1\nclass C:\n    size = A",
+        "A = 1\nprint(A)",
+        "A = 1\nfor i in range(A): pass",
+        "A = 1\nA += 1\nb = [A]",
+    ],
+)
 def test_and_a_stale_one_is_found(fault):
     assert stale(fault), fault
-    assert stale("A = 1\nT = (1, 2)\ndef f(x=None):\n    return A\nif __name__ == '__main__':\n    print(A)") == []
+    assert (
+        stale("A = 1\nT = (1, 2)\ndef f(x=None):\n    return A\nif __name__ == '__main__':\n    print(A)")
+        == []
+    )
 
 
 @named(TRAIN)
 def test_settings_have_plain_types_and_a_reason(path):
     source = path.read_text()
     lines, tree = source.splitlines(), ast.parse(source)
-    settings = [s for s in tree.body if isinstance(s, ast.Assign) and any(n.isupper() for n, _ in assigned(s))]
+    settings = [
+        s for s in tree.body if isinstance(s, ast.Assign) and any(n.isupper() for n, _ in assigned(s))
+    ]
     assert len(settings) > 10
     for statement in settings:
         value = ast.literal_eval(statement.value)
-        (name, _), = assigned(statement)
+        ((name, _),) = assigned(statement)
         assert isinstance(value, common.PLAIN) or name == "EXPERIMENTS", name
     bare = [assigned(s)[0][0] for s in settings if "#" not in lines[s.end_lineno - 1]]
     assert set(bare) <= {"SEED"}, f"no comment beside {bare}"
@@ -114,27 +149,49 @@ def test_settings_have_plain_types_and_a_reason(path):
 # ------------------------------------------------------------------------------------------------------------
 # Imports
 
+
 def python(*arguments, cwd=ROOT):
-    environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=str(ROOT))
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    environment = dict(
+        os.environ,
+        OMP_NUM_THREADS="1",
+        OMP_WAIT_POLICY="PASSIVE",
+        PYTHONDONTWRITEBYTECODE="1",
+        PYTHONPATH=str(ROOT),
+    )
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    """All scripts and modules at once: no file, no output, no random number drawn, no thread count changed."""
-    names = [p.stem for p in SOURCES if p.parent == ROOT] + [f"data.{p.stem}" for p in SOURCES if p.parent.name == "data"]
-    code = ("import random, numpy as np, torch\n"
-            "before = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads()\n"
-            f"import importlib\nfor name in {[n for n in names if n != 'data.__init__']!r}:\n    importlib.import_module(name)\n"
-            "assert before == (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads())\n")
+    """All scripts and modules at once: no file, no output, no random number drawn, no thread count
+    changed."""
+    names = [p.stem for p in SOURCES if p.parent == ROOT] + [
+        f"data.{p.stem}" for p in SOURCES if p.parent.name == "data"
+    ]
+    code = (
+        "import random, numpy as np, torch\n"
+        "before = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads()\n"
+        f"import importlib\nfor name in {[n for n in names if n != 'data.__init__']!r}:\n    importlib.import_module(name)\n"
+        "assert before == (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads())\n"
+    )
     runs = sorted(p.name for p in ROOT.iterdir())
     done = python("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == [] and "train_stl10" in names
-    assert {p for p in runs if p.startswith("runs")} == {p.name for p in ROOT.iterdir() if p.name.startswith("runs")}
+    assert {p for p in runs if p.startswith("runs")} == {
+        p.name for p in ROOT.iterdir() if p.name.startswith("runs")
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The documents' commands
+
 
 def commands(text):
     """The command lines of a document or a docstring: continued lines joined, comments cut."""
@@ -147,9 +204,10 @@ def commands(text):
 
 
 def check_command(words):
-    """Raises when the program would refuse the command: the script is there, settings exist and have the right types."""
+    """Raises when the program would refuse the command: the script is there, settings exist and have the
+    right types."""
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    name, rest = words[at], words[at + 1:]
+    name, rest = words[at], words[at + 1 :]
     assert (ROOT / name).exists(), name
     placeholder = [w for w in rest if "@" in w]
     rest = [w for w in rest if w not in placeholder]
@@ -185,12 +243,21 @@ def test_every_command_parses(name, text):
             pytest.fail(f"{name}: {shlex.join(words)}")
     # a continued command that lost its backslash, or two commands on one line
     for line in text.splitlines():
-        assert not re.match(r"\s+([A-Z_]{2,}=\S+\s*)+$", line) or re.search(r"\\\n" + re.escape(line), text), line
-        assert len(re.findall(r"python \S+\.py", line.split("#")[0])) <= 1 or "&&" in line or "`" in line, line
+        assert not re.match(r"\s+([A-Z_]{2,}=\S+\s*)+$", line) or re.search(
+            r"\\\n" + re.escape(line), text
+        ), line
+        assert (
+            len(re.findall(r"python \S+\.py", line.split("#")[0])) <= 1 or "&&" in line or "`" in line
+        ), line
 
 
 def test_a_wrong_command_is_found():
-    for line in ("python train_stl10.py EPOCH=3", "python train_stl10.py EPOCHS=many", "python train_nothing.py", "python train_stl10.py LR"):
+    for line in (
+        "python train_stl10.py EPOCH=3",
+        "python train_stl10.py EPOCHS=many",
+        "python train_nothing.py",
+        "python train_stl10.py LR",
+    ):
         with pytest.raises((SystemExit, AssertionError)):
             check_command(line.split())
     for line in ("python sample.py --checkpoint a.pt --no-such-flag", "python sample.py --prompt cat"):
@@ -202,7 +269,9 @@ def test_a_wrong_command_is_found():
 @needs_readme
 def test_the_lines_column_is_true():
     rows = re.findall(r"^\|\s*`?(?:\[`?)?(train_\w+\.py)[^|]*\|(.*)\|\s*$", README.read_text(), re.M)
-    header = next(line for line in README.read_text().splitlines() if line.startswith("|") and "lines" in line)
+    header = next(
+        line for line in README.read_text().splitlines() if line.startswith("|") and "lines" in line
+    )
     column = [cell.strip() for cell in header.strip("|").split("|")].index("lines") - 1
     assert rows
     for script, rest in rows:
@@ -210,7 +279,9 @@ def test_the_lines_column_is_true():
         if "@" in stated:
             pytest.skip(f"README.md still has {stated}")
         assert (ROOT / script).exists(), script
-        assert abs(int(stated) - (ROOT / script).read_text().count("\n")) <= MARGIN, f"{script}: {stated} lines stated"
+        assert (
+            abs(int(stated) - (ROOT / script).read_text().count("\n")) <= MARGIN
+        ), f"{script}: {stated} lines stated"
 
 
 @needs_readme
@@ -230,11 +301,15 @@ def test_ci_runs_the_readme_command():
     assert os.access(run, os.X_OK) and subprocess.run(["bash", "-n", str(run)]).returncode == 0
     text = run.read_text()
     picked = re.search(r"command=\$\((.+)\)", text)[1]
-    command = subprocess.run(["bash", "-c", picked], cwd=ROOT, capture_output=True, text=True).stdout.strip("\n")
+    command = subprocess.run(["bash", "-c", picked], cwd=ROOT, capture_output=True, text=True).stdout.strip(
+        "\n"
+    )
     assert "\n" not in command and command in README.read_text().splitlines()
     assert re.search(r'bash -c "\$command"', text) and "set -e" in text
     parts = [part.strip() for part in command.split("&&")]
-    assert any("venv" in p for p in parts) and any("pip install" in p and "requirements.txt" in p for p in parts)
+    assert any("venv" in p for p in parts) and any(
+        "pip install" in p and "requirements.txt" in p for p in parts
+    )
     assert re.search(r"\bpytest\b.*\btests\b", parts[-1]), parts[-1]
     assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0
 
@@ -242,8 +317,13 @@ def test_ci_runs_the_readme_command():
 # ------------------------------------------------------------------------------------------------------------
 # Files
 
+
 def test_requirements_are_the_six_pinned():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     pins = dict(re.fullmatch(r"([\w-]+)==(\d+(?:\.\d+)+)", line).groups() for line in lines)
     assert set(pins) == PACKAGES and len(lines) == 6
 
@@ -253,9 +333,17 @@ def test_imports_need_no_other_package(path):
     own = {p.stem for p in MODULES} | {"data"}
     optional = {"PIL", "tensorboard"}
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module] if isinstance(node, ast.ImportFrom) else []
+        )
         for name in (n.split(".")[0] for n in names):
-            assert name in sys.stdlib_module_names or name in own | PACKAGES | optional or path.parent.name == "benchmarks", name
+            assert (
+                name in sys.stdlib_module_names
+                or name in own | PACKAGES | optional
+                or path.parent.name == "benchmarks"
+            ), name
 
 
 @named(SOURCES)
@@ -269,9 +357,14 @@ def test_width_and_words(path):
 
 @named(SOURCES)
 def test_docstrings_keep_their_shape(path):
-    """A reflow must not leave a bracket alone on the last line, nor shift the text of a docstring by one column."""
+    """A reflow must not leave a bracket alone on the last line, nor shift the text of a docstring by one
+    column."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and (text := ast.get_docstring(node)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and (
+            text := ast.get_docstring(node)
+        ):
             for line in text.splitlines():
-                assert not re.fullmatch(r"\s*[\w.]{0,3}[)\]]+\.?", line), f"{getattr(node, 'name', path.name)}: {line!r}"
+                assert not re.fullmatch(
+                    r"\s*[\w.]{0,3}[)\]]+\.?", line
+                ), f"{getattr(node, 'name', path.name)}: {line!r}"
                 assert not re.match(r" \S", line), f"{getattr(node, 'name', path.name)}: {line!r}"

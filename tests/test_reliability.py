@@ -46,8 +46,8 @@ def state(folder, name="last.pt"):
 def log(folder):
     """log.csv as text, less the clock."""
     with open(folder / "log.csv") as f:
-        return [{k: v for k,
-                 v in row.items() if k not in ("seconds", "samples_per_s")} for row in csv.DictReader(f)]
+        clock = ("seconds", "samples_per_s")
+        return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(f)]
 
 
 def difference(a, b, path="state"):
@@ -59,9 +59,8 @@ def difference(a, b, path="state"):
             return f"{path}: keys"
         return next((d for k in a if (d := difference(a[k], b[k], f"{path}.{k}"))), "")
     if isinstance(a, (list, tuple)):
-        return next((d for i,
-                     (x, y) in enumerate(zip(a, b, strict=True)) if (d := difference(x, y, f"{path}[{i}]"))),
-                     "")
+        pairs = enumerate(zip(a, b, strict=True))
+        return next((d for i, (x, y) in pairs if (d := difference(x, y, f"{path}[{i}]"))), "")
     return "" if a == b else f"{path}: {a} {b}"
 
 
