@@ -74,7 +74,7 @@ MIN_SNR = 0.0        # weight min(SNR, this)/(SNR + 1) on the loss, 5 in Hang 20
 SOLVER = "dpm++"     # "dpm++" (2M), "ddim" (with ETA), "heun"
 STEPS = 20           # sampling steps; the lab notes: 500 with SOLVER=ddim ETA=1
 ETA = 0.0            # ddim only: 0 deterministic, 1 DDPM
-GUIDANCE = 2.0       # w: 1 = no guidance, 0 = no label. The sweep picture shows what more of it costs
+GUIDANCE = 3.0       # w: 1 = no guidance, 0 = no label. The sweep picture shows what more of it costs
 GUIDANCE_INTERVAL = (0.2, 5.0)  # noise levels s/a where guidance acts (Kynkaanniemi 2024); saves passes
 RESCALE = 0.0        # share of x_0's own std restored after guidance (Lin 2023: 0.7)
 CLIP_X0 = "clip"     # "clip" to [-1, 1], "dynamic" threshold (Saharia 2022), or "none"
@@ -780,7 +780,7 @@ def draw_labels(folder, model, data, epoch):
         ax.scatter(*y.T, c=np.arange(len(y)), cmap="tab20")
         for name, place in zip(names, y):
             ax.annotate(name, place, fontsize=8, xytext=(3, 3), textcoords="offset points")
-        ax.set_title(title, fontsize=9), ax.set_xticks([]), ax.set_yticks([])
+        ax.set_title(title, fontsize=9), ax.set_xticks([]), ax.set_yticks([]), ax.margins(0.15)
     shown = axes[2].imshow(unit @ unit.T, vmin=-1, vmax=1, cmap="RdBu_r")
     name_axes(axes[2], names)
     axes[2].set_title("cosines of the centred rows", fontsize=9)
