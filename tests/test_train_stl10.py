@@ -550,6 +550,7 @@ def test_one_label_moves_one_picture(use):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_picture_does_not_depend_on_its_batch(use, eta):
     model = network(use, SOLVER="ddim", ETA=eta)
+    torch.nn.init.normal_(model.head.weight, std=0.03)  # rounding stays far below the bound
     labels, seeds = torch.arange(7) % 5, list(range(10, 17))
     together = T.sample(model, labels, seeds)
     assert (together - T.sample(model, labels, seeds, chunk=3)).abs().max() <= 1e-5
