@@ -53,14 +53,12 @@ def fail(message):
 
 # ---------------------------------------------------------------- settings
 def settings(namespace):
-    """The UPPER_CASE plain constants of a script, as a dict: what is printed, logged and kept in
-    checkpoints."""
+    """The UPPER_CASE plain constants of a script, as a dict: what is printed and kept in checkpoints."""
     return {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, PLAIN)}
 
 
 def convert(name, text, default):
-    """The value that `text` means for a setting whose default is `default`; ValueError when the types do not
-    agree."""
+    """The value that `text` means for a setting with this default; ValueError when the types disagree."""
     if isinstance(default, str):
         return text
     try:
@@ -81,8 +79,8 @@ def convert(name, text, default):
 
 def override(namespace, args=None):
     """Replace a script's constants: `LR=1e-4 WIDTHS=32,64`, `--lr 1e-4`, `--lr=1e-4`, a bare `--flag` for
-    True. A row of the script's table EXPERIMENTS (EXPERIMENT=name) comes first, so single settings win over
-    it."""
+    True. A row of the script's table EXPERIMENTS (EXPERIMENT=name) comes first, so single
+    settings win over it."""
     known, args, given = settings(namespace), list(sys.argv[1:] if args is None else args), {}
     listing = "\n".join(f"  {k} = {v!r}" for k, v in known.items())
     while args:
@@ -132,8 +130,7 @@ class Run:
     keep: list = field(default_factory=list)  # open files that hold the lock
 
     def stopping(self):
-        """True when a signal asked for an end, on any rank: all ranks then leave the loop at the same
-        step."""
+        """True when a signal asked for an end, on any rank: all ranks leave the loop at the same step."""
         if self.world == 1:
             return bool(self.signal)
         flag = torch.tensor(float(self.signal), device=self.device)
@@ -146,7 +143,7 @@ class Run:
         """Around code that reads the state but does not change it. The global RNG comes back as it was. A
         signal or a full disk breaks it off without an exception."""
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 self.interruptible = True
                 try:
                     yield
@@ -163,8 +160,8 @@ class Interrupted(BaseException):  # so that no `except Exception` on the way sw
 
 
 def catch_signals(run):
-    """Ctrl-C and SIGTERM ask for a clean end: the step in progress is finished and saved. A second one ends
-    at once."""
+    """Ctrl-C and SIGTERM ask for a clean end: the step in progress is finished and saved. A second
+    one ends at once."""
     def handler(number, frame):
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, signal.SIG_DFL)
@@ -195,8 +192,8 @@ class Unbreakable:
 
 def keep_memory():
     """Tell glibc to keep freed blocks: by default every large tensor is returned to the system and its pages
-    are faulted in again at the next step (1.1 to 1.6 times slower steps on a CPU). Harmless where there is no
-    glibc."""
+    are faulted in again at the next step (1.1 to 1.6 times slower steps on a CPU). Harmless where
+    there is no glibc."""
     with contextlib.suppress(Exception):
         import ctypes
         libc = ctypes.CDLL("libc.so.6")
@@ -220,8 +217,8 @@ def pick_device():
 def start(script, namespace, free=()):
     """Everything before the model: seed, device, process group, lock, run folder OUT/<script without train_>,
     and the checkpoint to continue from. RESUME=True continues when the settings agree (those named in `free`
-    may differ), RESUME=False moves an old folder aside. Exits with code 2 when the settings differ or another
-    process runs here."""
+    may differ), RESUME=False moves an old folder aside. Exits with code 2 when the settings differ or
+    another process runs here."""
     name = Path(script).stem.removeprefix("train_")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, now = pick_device(), settings(namespace)
@@ -412,8 +409,8 @@ def load_checkpoint(path, device="cpu", missing_ok=False):
 
 
 def load_strictly(module, state, what):
-    """load_state_dict, strict: a weight that is missing, left over or of another shape is one line and exit
-    code 2."""
+    """load_state_dict, strict: a weight that is missing, left over or of another shape is one
+    line and exit code 2."""
     own = module.state_dict()
     problems = ([f"missing {k}" for k in own if k not in state]
                 + [f"left over {k}" for k in state if k not in own]
@@ -458,12 +455,12 @@ class Guard:
     """
     Decides whether a step is taken and when a run must go back. All of it is in the checkpoint (vars(guard)).
 
-    Spikes: a gradient norm g is refused if it is not finite or above `factor` x average; then, refused or
-    not, average <- b average + (1 - b) min(g, factor x average): an average that only accepted steps could
-    move would freeze for ever after a lasting rise. A rise by R is accepted again after ln(R/factor) / ln(1 +
-    (1-b)(factor-1)) steps; after `patience` refusals in a row the run goes back to its last good checkpoint
-    with half the step. Loss watchdog: the same when the loss average stays above `limit` x its lowest for
-    `patience` steps.
+    Spikes: a gradient norm g is refused if it is not finite or, after the first 20, above `factor` x average.
+    Refused or not, a finite g moves the average: average <- b average + (1 - b) min(g, factor x average); one
+    that only accepted steps could move would freeze for ever after a lasting rise. A rise by R is accepted
+    again after ln(R / factor) / ln(1 + (1 - b)(factor - 1)) steps. After more than `patience` refusals in a
+    row the run goes back to its last good checkpoint with half the learning rate.
+    Loss watchdog: the same when the loss average stays above `limit` x its lowest for longer than `patience`.
     """
     factor: float = 5.0
     b: float = 0.95
@@ -508,8 +505,7 @@ class Guard:
         return self.in_a_row > self.patience or self.high > self.patience
 
     def after_rollback(self, broken):
-        """Called on the guard of the good checkpoint: half the LR, and another window of data (see
-        seed_of)."""
+        """Called on the guard of the good checkpoint: half the LR, another window of data (draw_batch)."""
         self.rollbacks, self.lr_scale = broken.rollbacks + 1, broken.lr_scale / 2
         self.skipped, self.in_a_row, self.high = broken.skipped, 0, 0
 
@@ -531,8 +527,8 @@ unwritten = set()  # logs whose last row was lost
 
 
 def open_log(path, step):
-    """log.csv ready to append: what a resumed run will write again (rows after `step`) and any half line
-    go."""
+    """log.csv ready to append: what a resumed run will write again (rows after `step`) and
+    any half line go."""
     if path.exists():
         lines = path.read_text(errors="replace").split("\n")[:-1]  # after the last newline: half a line
         kept = [line for i, line in enumerate(lines) if i == 0 or line.split(",")[0].isdigit()
@@ -568,8 +564,8 @@ def read_log(path):
 
 
 def save_artifact(folder, name, array, figure=None):
-    """<folder>/<name>.npy is the data, <name>.png what a person sees of it (a matplotlib figure, closed
-    here)."""
+    """<folder>/<name>.npy is the data, <name>.png what a person sees of it (a matplotlib
+    figure, closed here)."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     np.save(Path(folder) / f"{name}.npy", np.asarray(array))
     if figure is not None:
@@ -578,8 +574,8 @@ def save_artifact(folder, name, array, figure=None):
 
 
 def tile(pictures, title="", titles=None, rows=None, columns=None, cell=1.0):
-    """A matplotlib figure of a table of pictures. pictures: (R, N, H, W, 3) or (R, N, H, W), floats in [0,
-    1]; titles: R x N strings above the tiles; rows, columns: names at the edges; cell: inches a tile."""
+    """A matplotlib figure of a table of pictures: (R, N, H, W, 3) or (R, N, H, W), floats in [0, 1].
+    titles: R x N strings above the tiles; rows, columns: names at the edges; cell: inches a tile."""
     r, n, h, w = pictures.shape[:4]
     gap = 0.2 if titles is not None else 0.04
     left, top = (0.95 if rows is not None else 0.1), 0.45 + (0.2 if columns is not None else 0)
@@ -604,8 +600,8 @@ def tile(pictures, title="", titles=None, rows=None, columns=None, cell=1.0):
 
 def save_metrics(run, folder, metrics, **facts):
     """metrics.json in the epoch folder and, with facts of the whole run, in the run folder. metrics: name ->
-    dict with value, floor (trivial predictor), ceiling (real held-out data), better, n; None where one does
-    not apply."""
+    dict with value, floor (trivial predictor), ceiling (real held-out data), better, n; None where
+    one does not apply."""
     order = ("value", "floor", "ceiling", "better", "n")
     table = {k: {o: m.get(o) for o in order} for k, m in metrics.items()}
     text = json.dumps(table, indent=1)
@@ -616,8 +612,8 @@ def save_metrics(run, folder, metrics, **facts):
 
 
 def open_tensorboard(folder):
-    """A SummaryWriter in <run folder>/tensorboard, or None after one line when the optional package is
-    missing."""
+    """A SummaryWriter in <run folder>/tensorboard, or None after one line when the optional
+    package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

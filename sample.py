@@ -68,8 +68,9 @@ def main():
         whole = {"model", "optimizer", "guard", "script", "settings", "format"}  # sampling needs the rest
         target = args.out or args.checkpoint.parent / "ema.pt"
         run = SimpleNamespace(script=checkpoint["script"], settings=checkpoint["settings"])
-        if save_checkpoint(target, run, **{k: v for k, v in checkpoint.items() if k not in whole}):
-            print(f"wrote {target}")
+        if not save_checkpoint(target, run, **{k: v for k, v in checkpoint.items() if k not in whole}):
+            fail(f"cannot write {target}; give another --out")
+        print(f"wrote {target}")
     elif args.full:
         script.inference_full(checkpoint, folder, args.checkpoint.parent / "log.csv")
         print(f"wrote {folder}")
@@ -79,4 +80,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error.filename or ''}: {error.strerror}; give another --out")

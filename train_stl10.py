@@ -6,8 +6,7 @@ Image diffusion on ten labelled classes, in one file: pixels, v-prediction, clas
     x_0_hat = a x_t - s v_hat                    (Salimans & Ho 2022, appendix D; eps_hat = s x_t + a v_hat)
     x_0_hat <- x_0_null + w (x_0_label - x_0_null)      guidance             (Ho & Salimans 2022, eq. 6)
     x_u = a_u x_0_hat + sqrt(s_u^2 - S^2) eps_hat + S z,  S = ETA s_u/s sqrt(1 - (a/a_u)^2)
-                                                 one step t -> u; ETA=0: DDIM, ETA=1: DDPM (Song 2021, eq. 12
-                                                 and 16)
+                                          one step t -> u; ETA=0 DDIM, ETA=1 DDPM (Song 2021, eq. 12, 16)
 
     python train_stl10.py                               # ten drawn classes at 32x32 on two CPU cores
     python train_stl10.py OVERFIT_TINY=8 EPOCHS=2000 EVAL_EVERY=1000 OUT=runs_tiny  # can it memorise?
@@ -20,11 +19,9 @@ Image diffusion on ten labelled classes, in one file: pixels, v-prediction, clas
     python sample.py --checkpoint runs/stl10/last.pt --prompt cat --num-samples 8
     python sample.py --checkpoint runs/stl10/last.pt --full  # inference_full: every diagnostic, the same bits
 
-Letters: B pictures in a batch, C H W their shape, K classes, null = K the label that means "no label",
-w guidance.
-Not here: latent space, text conditions, learned variances, likelihoods, Inception FID (no weights are
-downloaded: a small classifier trained on the run's own training pictures, the judge, gives accuracy and
-features).
+Letters: B pictures in a batch, C H W their shape, K classes, null = K the label for "no label", w guidance.
+Not here: latent space, text conditions, learned variances, likelihoods, Inception FID (nothing is downloaded:
+the judge, a small classifier trained on the run's own training pictures, gives accuracy and features).
 """
 
 import copy
@@ -52,7 +49,7 @@ from model_unet import UNet
 DATA = "embedded"    # ten drawn classes; or a folder made by `python -m data.stl10 download|import`
 SIZE = 32            # side of the training pictures; must divide the stored side (96 for STL-10: 32, 48, 96)
 OVERFIT_TINY = 0     # train on the first N pictures only, without flips (the lab notes: 128); 0 = all
-EPOCHS = 90          # passes over the training pictures
+EPOCHS = 80          # passes over the training pictures
 BATCH_SIZE = 32      # pictures in a forward pass, over all processes
 ACCUM = 1            # forward passes in an optimizer step: the lab notes' virtual batch multiplier
 LR = 1e-3            # peak; 1e-3 for 2 M parameters and minutes, 2e-4 for 50 M and days
@@ -74,13 +71,13 @@ MIN_SNR = 0.0        # weight min(SNR, this)/(SNR + 1) on the loss, 5 in Hang 20
 SOLVER = "ddim"      # "ddim" (with ETA), "dpm++" (2M: half the steps, a little worse here), "heun"
 STEPS = 50           # sampling steps; the lab notes: 500
 ETA = 1.0            # ddim only: 1 DDPM, 0 deterministic
-GUIDANCE = 3.0       # w: 1 = no guidance, 0 = no label. The sweep picture shows what more of it costs
+GUIDANCE = 3.0       # w: 1 = no guidance. The sweep picture shows what more of it buys and costs
 GUIDANCE_INTERVAL = (0.2, 5.0)  # noise levels s/a where guidance acts (Kynkaanniemi 2024); saves passes
 RESCALE = 0.0        # share of x_0's own std restored after guidance (Lin 2023: 0.7)
 CLIP_X0 = "clip"     # "clip" to [-1, 1], "dynamic" threshold (Saharia 2022), or "none"
 SAMPLES = 1000       # pictures drawn for the numbers of the last report; the others use a fifth
-SWEEP = (1.0, 1.5, 2.0, 3.0, 6.0)  # guidance scales of the sweep picture
-EVAL_EVERY = 30      # epochs between reports (pictures and metrics in epoch_NNNN/)
+SWEEP = (1.0, 2.0, 3.0, 6.0)  # guidance scales of the sweep picture
+EVAL_EVERY = 40      # epochs between reports (pictures and metrics in epoch_NNNN/)
 KEEP_EVERY = 0       # also keep epoch_NNNN.pt every so many epochs, a multiple of EVAL_EVERY; 0 = never
 SAVE_SECONDS = 60.0  # between saves of last.pt
 PRECISION = "auto"   # "bf16", "fp32"; auto = bf16 where the hardware multiplies it
@@ -103,10 +100,11 @@ def load_data(folder, device):
     x, y, held_out = x[order], y[order], held_out[order]
     test_x, test_y = test_x[test_order], test_y[test_order]
     data = SimpleNamespace(names=stl10.class_names(folder), hash=stl10.data_hash(folder))
-    parts = dict(x=x[~held_out], y=y[~held_out], val_x=x[held_out], val_y=y[held_out],
+    parts = dict(x=x[~held_out], y=y[~held_out], val_x=x[held_out][:500], val_y=y[held_out][:500],
                  test_x=test_x, test_y=test_y)
     if OVERFIT_TINY:
-        parts |= dict(x=x[:OVERFIT_TINY], y=y[:OVERFIT_TINY], val_x=x[:OVERFIT_TINY], val_y=y[:OVERFIT_TINY])
+        few_x, few_y = x[:OVERFIT_TINY], y[:OVERFIT_TINY]
+        parts |= dict(x=few_x, y=few_y, val_x=few_x, val_y=few_y)  # "held-out" then means "memorised"
     vars(data).update({k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in parts.items()})
     return data
 
@@ -171,7 +169,8 @@ def build_model(classes):
 def autocast(device):
     """bf16 inside the products where asked for, or where the hardware has it; losses and norms stay fp32."""
     if PRECISION == "auto":
-        on = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        on = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+              "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type, bool)()
     else:
         on = PRECISION == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
@@ -241,8 +240,8 @@ def judged(judge, x):
 def schedule(t):
     """a(t), s(t) in float64 for t in [0, 1], any shape. cosine: a = cos(pi t / 2), exactly no signal at t = 1
     (Nichol & Dhariwal 2021 without the offset). linear: DDPM's betas 1e-4 .. 0.02 over 1000 steps in
-    continuous time, log a = -(0.1 t + 9.95 t^2)/2 (Song 2021, eq. 33). SHIFT multiplies s/a (Hoogeboom 2023,
-    eq. 3)."""
+    continuous time, log a = -(0.1 t + 9.95 t^2)/2 (Song 2021, eq. 33). SHIFT multiplies s/a (Hoogeboom
+    2023, eq. 3)."""
     t = torch.as_tensor(t, dtype=torch.float64)
     if SCHEDULE == "cosine":
         a, s = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
@@ -308,7 +307,8 @@ def sample(model, labels, seeds, w=None, start=None, trajectory=False, chunk=64)
     seeds   N ints: one generator a picture, so a picture does not depend on its batch
     w       guidance, float or (N,): one scale for each picture; default GUIDANCE
     start   (x_t (N, C, H, W), t): begin there instead of pure noise at t = 1
-    Returns x_0 (N, C, H, W) in [-1, 1]; with trajectory=True also lists of (t, x_t, x_0_hat) along the way.
+    Returns x_0 (N, C, H, W), in [-1, 1] unless CLIP_X0="none"; with trajectory=True also the list of
+    (t, x_t, x_0_hat) along the way.
     Raises ValueError for t outside (0, 1].
     """
     t_first = 1.0 if start is None else float(start[1])
@@ -367,8 +367,8 @@ def solve(model, x, t_first, labels, w, noise):
 
 def solve_heun(model, x, t_first, labels, w, noise):
     """Heun's second-order steps of dy/dq = (y - x_0_hat)/q in y = x/a, q = s/a over STEPS noise levels, then
-    0 (Karras 2022, algorithm 1 without churn, eq. 5 with rho = 7, q from 80 to 0.002): 2 STEPS - 1
-    evaluations."""
+    0 (Karras 2022, algorithm 1 without churn, eq. 5 with rho = 7, q from 80 to 0.002): 2 STEPS - 1 model
+    evaluations, where the last one is the sample."""
     a, s = (float(c) for c in schedule(t_first))
     top = min(80.0, s / a) if a > 0 else 80.0
     ramp = [i / max(1, STEPS - 1) for i in range(STEPS)]
@@ -395,7 +395,7 @@ def trivial_losses(data):
     """Held-out v-loss in 10 buckets of t of predictors without a network. Zero: E v^2 = a^2 + s^2 E x_0^2.
     Linear: the denoiser of a Gaussian with the training mean and covariance; along a principal axis of
     variance lam it is x_0_hat = mean + k (x_t - a mean), k = a lam / (a^2 lam + s^2)."""
-    x, val = (to_float(u[:2000].cpu()).flatten(1).double() for u in (data.x, data.val_x))
+    x, val = (to_float(u.cpu()).flatten(1).double() for u in (data.x[:2000], data.val_x))
     mean, pixels = x.mean(0), x.shape[1]
     values, vectors = torch.linalg.eigh((x - mean) @ (x - mean).T / len(x))  # N x N, not pixels x pixels
     keep = values > 1e-6 * values.max()
@@ -478,8 +478,8 @@ def saturation(x):
 
 
 def evaluate(model, data, judge, ref, count):
-    """Every number, beside its floor (trivial predictor) and ceiling (held-out real pictures), on `count`
-    samples of the EMA model. Returns (metrics, arrays for the pictures)."""
+    """Every number on `count` samples of the EMA model, beside its floor (trivial predictor) and ceiling
+    (real pictures: training against test, the judge on test). Returns (metrics, arrays for the pictures)."""
     K, device = len(data.names), data.x.device
     table = losses_by_t(model, data)
     gain, wrong_gap = table[1] - table[0], table[2] - table[0]
@@ -494,10 +494,9 @@ def evaluate(model, data, judge, ref, count):
     fake, real, train, soup = features[:n], ref.test[:n], ref.train[:n], ref.soup[:n]
     p, p_soup, p_real = prdc(real, fake), prdc(real, soup), prdc(real, train)
     kids = [kid(real, other) for other in (fake, soup, train)]
-    pixels, train_pixels, test_pixels = flat(x), flat(to_float(data.x)), flat(to_float(data.test_x))
-    both = torch.cat([train_pixels, flat(to_float(data.x).flip(-1))])
-    copies = memorisation(pixels, both, test_pixels, copies=2)
-    real_x = to_float(data.test_x)
+    train_x, real_x = to_float(data.x), to_float(data.test_x)
+    both = torch.cat([flat(train_x), flat(train_x.flip(-1))])  # a mirrored copy is a copy
+    copies = memorisation(flat(x), both, flat(real_x), copies=2)
 
     def row(value, floor, ceiling, better, n=n):
         return dict(value=value, floor=floor, ceiling=ceiling, better=better, n=n)
@@ -520,7 +519,7 @@ def evaluate(model, data, judge, ref, count):
         sharpness=row(sharpness(x) / sharpness(real_x), 0.0, 1.0, "near ceiling", count),
         saturation=row(saturation(x), None, saturation(real_x), "near ceiling", count))
     return metrics, SimpleNamespace(x=x, labels=labels, table=table, confusion=confusion.numpy(),
-                                    features=features, train_pixels=train_pixels)
+                                    features=features)
 
 
 # ---------------------------------------------------------------- pictures
@@ -544,7 +543,7 @@ def report(folder, model, data, judge, ref, epoch, count, log=None, board=None):
     draw_reconstructions(folder, model, data, epoch)
     draw_one_step(folder, model, data, epoch)
     draw_loss_by_t(folder, arrays.table, ref, epoch)
-    draw_sweep(folder, model, data, judge, ref, epoch, max(10, count // 8))
+    draw_sweep(folder, model, data, judge, ref, epoch, max(10, count // 10))
     draw_neighbours(folder, arrays, data, epoch)
     draw_labels(folder, model, data, epoch)
     draw_features(folder, arrays, ref, epoch)
@@ -565,7 +564,7 @@ def report(folder, model, data, judge, ref, epoch, count, log=None, board=None):
 
 def draw_grid(folder, model, data, judge, epoch, metrics, seeds=8):
     """Class x seed matrix: the same noises in every row, so what differs down a column is the label alone.
-    Titles: asked -> what the judge sees, and how sure it is. The last row has no label."""
+    Titles: what the judge sees, and how sure it is. The last row has no label."""
     K, device = len(data.names), data.x.device
     labels = torch.arange(K + 1, device=device).repeat_interleave(seeds)
     x = sample(model, labels, [seed_of(SEED, "grid", i) for i in range(seeds)] * (K + 1))
@@ -583,8 +582,8 @@ def draw_grid(folder, model, data, judge, epoch, metrics, seeds=8):
 
 
 def draw_collage(folder, model, data, epoch, columns=10):
-    """Denoising: a class a row, time runs from noise to data; upper lines x_t, lower lines the one-step guess
-    x_0_hat."""
+    """Denoising: a class a row, time runs from noise to data; upper lines x_t, lower lines
+    the one-step guess x_0_hat."""
     K = len(data.names)
     labels = torch.arange(K, device=data.x.device)
     _, path = sample(model, labels, [seed_of(SEED, "collage", i) for i in range(K)], trajectory=True)
@@ -650,8 +649,8 @@ def draw_one_step(folder, model, data, epoch):
 
 
 def draw_loss_by_t(folder, table, ref, epoch):
-    """Held-out loss in ten buckets of t beside the zero and the linear predictor, and what a label is
-    worth."""
+    """Held-out loss in ten buckets of t beside the zero and the linear predictor, and what a
+    label is worth."""
     middle = (np.arange(10) + 0.5) / 10
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     left.plot(middle, ref.zero, ":", color="gray", label=f"zero predictor {ref.zero.mean():.3f}")
@@ -668,8 +667,8 @@ def draw_loss_by_t(folder, table, ref, epoch):
 
 
 def draw_sweep(folder, model, data, judge, ref, epoch, count):
-    """Guidance against quality: accuracy and precision keep rising with w while recall falls and colours
-    saturate."""
+    """Guidance against quality: accuracy and precision keep rising with w while recall falls and
+    colours saturate."""
     K, rows, pictures = len(data.names), [], []
     labels = torch.arange(count, device=data.x.device) % K
     seeds = [seed_of(SEED, "sweep", i) for i in range(count)]
@@ -766,8 +765,8 @@ def name_axes(ax, names):
 
 
 def draw_labels(folder, model, data, epoch):
-    """The label table: PCA and cosines, and the t-SNE of the lab notes, which of eleven points alone means
-    little."""
+    """The label table: PCA and cosines, and the t-SNE of the lab notes, which of eleven points
+    alone means little."""
     table = model.label.weight.detach().float().cpu().double().numpy()
     names = [*data.names, "null"]
     centred = table - table.mean(0)
@@ -867,6 +866,15 @@ def check_settings(world=1):
     for name in "SIZE EPOCHS BATCH_SIZE ACCUM LR WIDTH BLOCKS PATCH STEPS EVAL_EVERY".split():
         if globals()[name] <= 0:
             fail(f"{name}={globals()[name]} must be above 0")
+    ranges = dict(MULTS=(1, 64), DROPOUT=(0, 0.99), LABEL_DROP=(0, 1), ETA=(0, 1), EMA_DECAY=(0, 1),
+                  WARMUP=(0, 1), WEIGHT_DECAY=(0, 10), CLIP=(1e-9, math.inf), SHIFT=(1e-3, 1e3),
+                  SEED=(0, 2**63 - 1), RESCALE=(0, 1))
+    for name, (low, high) in ranges.items():
+        values = globals()[name]
+        if any(not low <= v <= high for v in (values if isinstance(values, tuple) else (values,))):
+            fail(f"{name}={values} must lie between {low:g} and {high:g}")
+    if not SWEEP or not MULTS or len(GUIDANCE_INTERVAL) != 2:
+        fail(f"{SWEEP=} and {MULTS=} need an entry or more, {GUIDANCE_INTERVAL=} needs two")
     if SAMPLES < 10:
         fail(f"SAMPLES={SAMPLES}: the numbers of a report need at least 10 pictures")
     if OVERFIT_TINY and OVERFIT_TINY < 6:
@@ -892,6 +900,8 @@ def prepare(device, rank=0, world=1):
         data = load_data(data_folder(), device)
     except (ValueError, OSError) as error:
         fail(error)
+    if min(len(data.x), len(data.test_x)) < 6:
+        fail(f"DATA={DATA} has {len(data.x)} training and {len(data.test_x)} test pictures, expected 6")
     if rank > 0:
         return data, None, None
     cache = Path(OUT) / "cache"
@@ -919,8 +929,11 @@ def build_ema(checkpoint, device):
 def inference_full(checkpoint, folder, log):
     """Redraw every metric and diagnostic of a checkpoint's epoch into `folder`, the same bits as in the run.
     checkpoint: from common.load_checkpoint, its settings already put back (sample.py --full does both)."""
+    check_settings()
     device = common.pick_device()
     data, judge, ref = prepare(device)
+    if checkpoint["data"] != data.hash:
+        fail(f"the checkpoint was trained on other data than DATA={DATA} holds now")
     step = checkpoint["step"]
     return report(folder, build_ema(checkpoint, device), data, judge, ref, step // steps_per_epoch(data),
                   samples_at(step, data), log)
@@ -982,7 +995,8 @@ def summary(metrics):
 
 def main():
     check_settings(int(os.environ.get("WORLD_SIZE", 1)))
-    free = "EPOCHS EVAL_EVERY KEEP_EVERY SAVE_SECONDS TENSORBOARD COMPILE"  # may differ when a run goes on
+    free = "EPOCHS EVAL_EVERY KEEP_EVERY SAVE_SECONDS TENSORBOARD COMPILE "  # may differ when a run goes on:
+    free += "SOLVER STEPS ETA GUIDANCE GUIDANCE_INTERVAL RESCALE CLIP_X0 SAMPLES SWEEP"  # no part in training
     run = start(__file__, globals(), free.split())
     data, judge, ref = prepare(run.device, run.rank, run.world)
     torch.manual_seed(SEED)
@@ -1022,6 +1036,7 @@ def main():
         if run.checkpoint["data"] != data.hash:
             fail(f"{run.folder} was trained on other data than DATA={DATA} now; RESUME=False or another OUT")
         restore(run.checkpoint)
+        run.checkpoint = None  # frees its copy of the weights
         if run.rank == 0:
             before, now = optimizer.param_groups[0]["lr"], lr_at(at.step, total, LR, WARMUP)
             print(f"continuing after step {at.step} of {total}; learning rate {before:.2g} -> {now:.2g}")
@@ -1098,7 +1113,7 @@ def main():
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", lr=f"{lr:.1e}", refresh=False)
         if at.step % per_epoch == 0:
             mean = float(np.mean(losses[-per_epoch:]))
-            idle = at.step > 200 and mean > 0.9 * ref.zero.mean()
+            idle = at.step > 200 and mean > 0.9 * ref.zero.mean() and not MIN_SNR  # that loss is weighted
             tqdm.write(f"epoch {epoch + 1:4d}  loss {mean:.4f} (zero {ref.zero.mean():.3f}, linear "
                        f"{ref.linear.mean():.3f})  lr {lr:.1e}  grad {guard.average:.2f}  "
                        f"skipped {guard.skipped}  {at.seconds:.0f} s"
