@@ -202,6 +202,13 @@ def keep_memory():
             libc.mallopt(name, value)
 
 
+def finish(run):
+    """All processes leave together: one that exits while its group still has threads may abort."""
+    if run.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def pick_device():
     """cuda (this process's card under torchrun), mps or cpu, set up for speed."""
     torch.set_float32_matmul_precision("high")

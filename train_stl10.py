@@ -1123,6 +1123,8 @@ def main():
             saved_at = time.monotonic()
 
     bar.close()
+    del handle  # a DistributedDataParallel wrapper must not outlive its process group
+    common.finish(run)
     if run.signal:
         if run.rank == 0:
             save_last()
