@@ -221,12 +221,12 @@ def pick_device():
     return torch.device("cpu")
 
 
-def start(script, namespace, free=()):
-    """Everything before the model: seed, device, process group, lock, run folder OUT/<script without train_>,
-    and the checkpoint to continue from. RESUME=True continues when the settings agree (those named in `free`
+def start(script, namespace, free=(), name=None):
+    """Everything before the model: seed, device, process group, lock, run folder OUT/name (default: the script
+    without train_), and the checkpoint to continue from. RESUME=True continues when the settings agree (those named in `free`
     may differ), RESUME=False moves an old folder aside. Exits with code 2 when the settings differ or
     another process runs here."""
-    name = Path(script).stem.removeprefix("train_")
+    name = name or Path(script).stem.removeprefix("train_")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, now = pick_device(), settings(namespace)
     torch.manual_seed(namespace["SEED"])

@@ -1,0 +1,373 @@
+"""
+Transformer blocks the scripts share: attention with rotary positions, masks, a KV cache; a DiT for any grid.
+
+    rms(x)      x / sqrt(mean(x^2) + 1e-6)                                     (Zhang & Sennrich 2019)
+    attention   softmax(q k^T / sqrt(head_dim) + mask) v,  q, k <- RoPE(rms(W_q h)), RoPE(rms(W_k h))
+    RoPE        (a, b) -> (a cos - b sin, a sin + b cos) on the two halves of a head, angle position theta_m,
+                theta_m = 10000^(-m / pairs): q.k then depends on the distance alone   (Su 2021)
+    KV cache    what a causal layer computed for earlier positions never changes, so it is kept
+    DiT         patches -> Linear + sin-cos positions -> blocks -> LN, Linear that starts at zero -> patches
+    block       x <- x + g1 attention((1 + s1) LN(x) + b1);  x <- x + g2 mlp((1 + s2) LN(x) + b2)
+                (b, s, g) = Linear(SiLU(emb)), which starts at zero: adaLN-Zero    (Peebles & Xie 2023)
+    emb         MLP(sinusoids(1000 t)) + label table row
+
+SiT (Ma 2024) is this network with the velocity of an interpolant as its target: the script's choice.
+
+Letters: B batch, N tokens, H heads, C channels, L context tokens, d head_dim, D H W a grid. A mask says True
+where a query may look at a key.
+Not here: losses, schedules, samplers, text (all in the scripts).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+from model_unet import Dropout, time_embedding
+
+
+# ---------------------------------------------------------------- norm, positions, masks
+def rms(x):
+    """x over its root mean square along the last axis; no parameters."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class RMSNorm(nn.Module):
+    """rms(x) times a learned gain, (..., dim)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.gain.to(x.dtype), eps=1e-6)
+
+
+def grid_positions(shape, device=None):
+    """Integer coordinates of every place of a grid, last axis fastest: (N, axes)."""
+    axes = torch.meshgrid(*(torch.arange(n, device=device) for n in shape), indexing="ij")
+    return torch.stack(axes, -1).flatten(0, -2)
+
+
+def angles(positions, pairs, base=10_000.0):
+    """position * base^(-m / share), m < share = pairs // axes: (N, axes) or (N,) -> (N, axes share), one axis
+    after the other. float32, or float64 where the positions are."""
+    positions = positions.reshape(len(positions), -1)
+    positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
+    share = pairs // positions.shape[1]
+    theta = base ** (-torch.arange(share, device=positions.device, dtype=positions.dtype) / max(share, 1))
+    return (positions[:, :, None] * theta).flatten(1)
+
+
+def sincos(positions, dim):
+    """Fixed position table (N, dim) of a grid's (N, axes) (Vaswani 2017, one part of the columns an axis);
+    columns left over where dim does not divide by 2 axes are zero."""
+    angle = angles(positions, dim // 2)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], 1), (0, dim - 2 * angle.shape[1]))
+
+
+def rotation(positions, head_dim, base=10_000.0):
+    """cos and sin (N, head_dim) for positions (N,), or (N, axes) for a grid: every axis then turns its equal
+    share of the head_dim/2 pairs (axial RoPE), and pairs left over do not turn. ValueError where an axis has
+    no pair."""
+    angle = angles(positions, head_dim // 2, base)
+    if head_dim % 2 or angle.shape[1] == 0:
+        axes = positions.numel() // len(positions)
+        raise ValueError(f"head_dim {head_dim} must be even and hold a pair for each of {axes} axes")
+    angle = F.pad(angle, (0, head_dim // 2 - angle.shape[1]))
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
+
+
+def rotate(x, cos, sin):
+    """RoPE: x (..., N, head_dim) with cos, sin from rotation(); a roll by half a head brings b to a."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
+
+
+def causal_mask(queries, keys, window=0, device=None):
+    """(queries, keys) bool. The last query stands at the last key, so that it fits a cache; window > 0 hides
+    keys `window` or more positions back."""
+    i = torch.arange(keys - queries, keys, device=device)[:, None]
+    j = torch.arange(keys, device=device)
+    return (j <= i) & (i - j < window) if window else j <= i
+
+
+def attend(q, k, v, mask=None, causal=False, cap=0.0):
+    """
+    softmax(q k^T / sqrt(d) + mask) v. q (B, H, Nq, d); k, v (B, Hk, Nk, d), where Hk divides H (grouped
+    queries, Ainslie 2023).
+
+    mask     bool, True = may look, or floats that are added; broadcasts to (B, H, Nq, Nk)
+    causal   stands for causal_mask(Nq, Nk); ValueError with a mask beside it
+    cap      > 0: the scores are cap tanh(score / cap) (Gemma 2, 2024), at the price of PyTorch's fused kernel
+    """
+    if causal and mask is not None:
+        raise ValueError("give causal or a mask, not both: causal_mask() & mask is a mask")
+    if causal and (cap or q.shape[2] != k.shape[2]):  # the kernel aligns the first positions, not the last
+        mask, causal = causal_mask(q.shape[2], k.shape[2], device=q.device), False
+    if not cap:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+    k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))
+    scores = cap * torch.tanh(q @ k.transpose(-2, -1) / (cap * q.shape[-1] ** 0.5))  # (B, H, Nq, Nk)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1) @ v
+
+
+class KVCache:
+    """Keys and values of the last `capacity` positions of one layer, oldest first. It has room for twice as
+    many, so that reading is one contiguous slice and old rows move only once in `capacity` positions. With
+    window w and n positions at a time, capacity must be w + n - 1: the first of the n looks furthest back."""
+
+    def __init__(self, capacity):
+        self.capacity, self.seen = capacity, 0  # seen: positions ever appended
+        self.begin = self.end = 0
+        self.k = self.v = None
+
+    def append(self, k, v):
+        """k, v (B, Hk, n, d) of n <= capacity new positions -> all that are kept, the new ones last."""
+        n = k.shape[2]
+        if n > self.capacity:
+            raise ValueError(f"{n} new positions do not fit a cache of {self.capacity}")
+        if self.k is None:
+            self.k, self.v = (x.new_empty(*x.shape[:2], 2 * self.capacity, x.shape[3]) for x in (k, v))
+        if self.end + n > 2 * self.capacity:
+            for buffer in (self.k, self.v):
+                buffer[:, :, :self.end - self.begin] = buffer[:, :, self.begin:self.end].clone()
+            self.begin, self.end = 0, self.end - self.begin
+        self.k[:, :, self.end:self.end + n], self.v[:, :, self.end:self.end + n] = k, v
+        self.end += n
+        self.seen += n
+        self.begin = max(self.begin, self.end - self.capacity)
+        return self.k[:, :, self.begin:self.end], self.v[:, :, self.begin:self.end]
+
+
+# ---------------------------------------------------------------- layers
+class Attention(nn.Module):
+    """
+    Attention of tokens x (B, N, dim) to each other, or to a context (B, L, context_dim) of other tokens.
+    Three matrices instead of one, because Muon must see them one at a time.
+
+    kv_heads     fewer than heads: grouped queries
+    qk_norm      q <- rms(q), k <- rms(k) before RoPE: bounds |q.k| / sqrt(d) by sqrt(d), whatever the weights
+                 do (Henry 2020). gain: with a learned gain for each of the d dimensions
+    cap          soft cap on the scores, see attend()
+    """
+
+    def __init__(self, dim, heads, kv_heads=None, qk_norm=True, gain=False, context_dim=0, cap=0.0):
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if dim % heads or heads % kv_heads:
+            raise ValueError(f"dim {dim} must divide by heads {heads}, and heads by kv_heads {kv_heads}")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
+        self.qk_norm, self.cap = qk_norm or gain, cap
+        self.q = nn.Linear(dim, heads * self.head_dim, bias=False)
+        self.k = nn.Linear(context_dim or dim, kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(context_dim or dim, kv_heads * self.head_dim, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim) if gain else rms for _ in range(2))
+        self.out = nn.Linear(heads * self.head_dim, dim, bias=False)
+
+    def qkv(self, x, turn=None, context=None):
+        """q (B, H, N, d), k and v (B, Hk, N or L, d); q and k normalised, then turned by `turn` = rotation().
+        Without turn they can be kept as they are, and turned when they are read."""
+        keys = x if context is None else context
+        q, k, v = (layer(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for layer, y in ((self.q, x), (self.k, keys), (self.v, keys)))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        return q, k, v
+
+    def merge(self, y):
+        """Heads (B, H, N, d) -> (B, N, dim)."""
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x, turn=None, mask=None, causal=False, cache=None, context=None):
+        """x (B, N, dim) -> (B, N, dim). cache: a KVCache, which these N positions join; mask and causal then
+        cover what it keeps."""
+        q, k, v = self.qkv(x, turn, context)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.merge(attend(q, k, v, mask, causal, self.cap))
+
+
+class ReLU2(torch.autograd.Function):
+    """relu(x)^2 with the gradient 2 relu(x) written out: square() alone would copy the widest tensor of the
+    network twice more on its way back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = F.relu(x)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, g):
+        r, = ctx.saved_tensors
+        return (2 * r).mul_(g)
+
+
+class MLP(nn.Module):
+    """up, activation, down: "gelu" (exact), "relu2" = relu^2 (So 2021), or "swiglu" (Shazeer 2020)."""
+
+    def __init__(self, dim, hidden, activation="gelu", bias=False):
+        super().__init__()
+        if activation not in ("gelu", "relu2", "swiglu"):
+            raise ValueError(f"activation {activation!r}: one of gelu, relu2, swiglu")
+        self.activation = activation
+        self.up = nn.Linear(dim, hidden * (2 if activation == "swiglu" else 1), bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.activation == "relu2":
+            return self.down(ReLU2.apply(x))
+        if self.activation == "gelu":
+            return self.down(F.gelu(x))
+        gate, x = x.chunk(2, -1)
+        return self.down(F.silu(gate) * x)
+
+
+def modulate(x, shift, scale):
+    """(1 + scale) LN(x) + shift, where the condition takes the place of a learned affine pair."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class Block(nn.Module):
+    """Attention, cross-attention where there is a context, MLP; each residual. The condition shifts and
+    scales what attention and MLP read and gates what they write (adaLN-Zero); cross-attention is not
+    modulated, its output matrix starts at zero."""
+
+    def __init__(self, dim, heads, mlp=4, context_dim=0, dropout=0.0, qk_norm=True):
+        super().__init__()
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.attention = Attention(dim, heads, qk_norm=qk_norm)
+        self.cross = Attention(dim, heads, qk_norm=qk_norm, context_dim=context_dim) if context_dim else None
+        self.mlp = MLP(dim, mlp * dim, bias=True)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x, emb, turn=None, context=None, mask=None):
+        """x (B, N, dim), emb (B, 1, dim) or one a token (B, N, dim), already through SiLU, turn = rotation(),
+        context (B, L, context_dim) with mask (B, 1, 1, L) -> (B, N, dim)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb).chunk(6, -1)
+        x = x + gate1 * self.dropout(self.attention(modulate(x, shift1, scale1), turn))
+        if self.cross is not None:
+            h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            x = x + self.dropout(self.cross(h, context=context, mask=mask))
+        return x + gate2 * self.dropout(self.mlp(modulate(x, shift2, scale2)))
+
+
+# ---------------------------------------------------------------- patches and the network
+GRID = {2: "b c (h p) (w q)", 3: "b c (d o) (h p) (w q)"}
+TOKENS = {2: "b (h w) (c p q)", 3: "b (d h w) (c o p q)"}
+
+
+def patchify(x, patch):
+    """
+    (B, C, *grid) -> tokens (B, N, C prod(patch)), one a patch, last axis fastest. An axis that its patch does
+    not divide is padded with zeros at its end. Zeros multiply no weight, so the last patch is simply embedded
+    with fewer of them, and a side below its patch acts as a network of patch = side would.
+    """
+    dims = len(patch)
+    # F.pad reads the last axis first
+    pad = [n for side, p in zip(x.shape[:1:-1], patch[::-1]) for n in (0, -side % p)]
+    return rearrange(F.pad(x, pad) if any(pad) else x, f"{GRID[dims]} -> {TOKENS[dims]}",
+                     **dict(zip("opq"[-dims:], patch)))
+
+
+def unpatchify(tokens, patch, grid):
+    """The inverse of patchify: (B, N, C prod(patch)) -> (B, C, *grid), what lies outside of grid cut off."""
+    dims = len(patch)
+    counts = [-(-side // p) for side, p in zip(grid, patch)]
+    x = rearrange(tokens, f"{TOKENS[dims]} -> {GRID[dims]}",
+                  **dict(zip("opq"[-dims:], patch)), **dict(zip("dhw"[-dims:], counts)))
+    return x[(..., *map(slice, grid))]
+
+
+SIZES = {  # Peebles & Xie 2023, table 1: DiT(**SIZES["S"], patch=2) is their DiT-S/2
+    "S": {"dim": 384, "depth": 12, "heads": 6},
+    "B": {"dim": 768, "depth": 12, "heads": 12},
+    "L": {"dim": 1024, "depth": 24, "heads": 16},
+    "XL": {"dim": 1152, "depth": 28, "heads": 16},
+}
+
+
+class DiT(nn.Module):
+    """
+    channels     channels of x, or a pair (in, out) where they differ
+    dims         2: x is (B, C, H, W); 3: x is (B, C, D, H, W); sides of any size, see patchify()
+    patch        side of a token in pixels, or one an axis. Tokens are what costs: half the side, 2^dims times
+    dim, depth   width of a token, number of blocks. SIZES has the paper's
+    heads        attention heads of dim / heads each
+    mlp          width of the MLPs over dim
+    classes      rows of the label table (0: no labels). A label-conditional network refuses to run without
+    context_dim  width of the context tokens (0: no cross-attention). Same refusal
+    dropout      on what a branch adds to the residual stream
+    qk_norm      keeps the attention scores bounded at any learning rate; not in the paper
+    rope         axial RoPE on top of the added sin-cos positions; not in the paper
+    """
+
+    def __init__(self, channels=4, dims=2, patch=2, dim=384, depth=12, heads=6, mlp=4, classes=0,
+                 context_dim=0, dropout=0.0, qk_norm=True, rope=True, time_dim=256):
+        super().__init__()
+        c_in, c_out = channels if isinstance(channels, tuple) else (channels, channels)
+        self.patch = (patch,) * dims if isinstance(patch, int) else tuple(patch)
+        if len(self.patch) != dims:
+            raise ValueError(f"patch {self.patch} has {len(self.patch)} entries for {dims} axes")
+        if rope:
+            rotation(grid_positions([1] * dims), dim // heads)  # refuses a head too narrow now, not in a run
+        pixels = torch.Size(self.patch).numel()
+        self.dim, self.head_dim, self.rope = dim, dim // heads, rope
+        self.time_dim, self.context_dim = time_dim, context_dim
+        self.time = nn.Sequential(nn.Linear(time_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.label = nn.Embedding(classes, dim) if classes else None
+        self.null = classes - 1  # the last row of the table means "no label"
+        self.embed = nn.Linear(c_in * pixels, dim)
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp, context_dim, dropout, qk_norm)
+                                     for _ in range(depth)])
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.head = nn.Linear(dim, c_out * pixels)
+        self.init_weights()
+
+    def init_weights(self):
+        """Gates, cross-attention and head start at zero: each block as the identity, the network as exactly
+        0, so the first loss is the power of the target. Shifts and scales too, so no label matters yet."""
+        zero = [self.head, self.modulation] + [b.modulation for b in self.blocks]
+        zero += [b.cross.out for b in self.blocks if b.cross is not None]
+        for p in (p for m in zero for p in m.parameters()):
+            nn.init.zeros_(p)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.2)  # comparable with the time embedding it is added to
+
+    def forward(self, x, t, label=None, context=None, mask=None):
+        """
+        x (B, C, *grid), t (B,) in [0, 1], label (B,) int64, context (B, L, context_dim), mask (B, L) bool,
+        True = attend (a row without one would be NaN: leave one). Returns (B, C_out, *grid) in x's type.
+        Raises ValueError on a missing or needless condition and on a grid of other dims.
+        """
+        if (self.label is None) != (label is None):
+            raise ValueError("this network was built " + ("without labels" if self.label is None else
+                             "with a label table: give label (B,), the last row for no label"))
+        if (self.context_dim == 0) != (context is None):
+            raise ValueError(f"this network was built with context_dim={self.context_dim}: "
+                             + ("give context (B, L, context_dim)" if context is None else "it takes none"))
+        if x.ndim != 2 + len(self.patch):
+            raise ValueError(f"x {tuple(x.shape)} is not (B, C, and {len(self.patch)} sides)")
+        grid = x.shape[2:]
+        emb = self.time(time_embedding(t, self.time_dim))
+        if label is not None:
+            emb = emb + self.label(label)
+        emb = F.silu(emb)[:, None]  # (B, 1, dim)
+        if mask is not None:
+            mask = mask[:, None, None]  # (B, 1, 1, L)
+
+        # positions come from the grid at hand: a table of a fixed length would tie the network to one size
+        positions = grid_positions([-(-side // p) for side, p in zip(grid, self.patch)], x.device)
+        turn = rotation(positions, self.head_dim) if self.rope else None
+        h = self.embed(patchify(x, self.patch)) + sincos(positions, self.dim)
+        for block in self.blocks:
+            h = block(h, emb, turn, context, mask)
+        h = self.head(modulate(h, *self.modulation(emb).chunk(2, -1)))
+        return unpatchify(h, self.patch, grid).to(x.dtype)
