@@ -204,6 +204,7 @@ class ReLU2(torch.autograd.Function):
         return r * r
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # r has no graph, so a second one would be wrong
     def backward(ctx, g):
         r, = ctx.saved_tensors
         return (2 * r).mul_(g)

@@ -24,7 +24,10 @@ Sources: Su 2021 (RoPE), Henry 2020 (QK-norm), So 2021 (relu^2), Zhou 2024 (valu
 (Muon), Gemma 2 2024 (soft cap). MU, TEMPORAL, K-1 and the graph are the lab notes' own, made causal.
 """
 
+import codecs
+import contextlib
 import copy
+import json
 import math
 import os
 import sys
@@ -282,17 +285,22 @@ class Block(nn.Module):
         self.beta = nn.Parameter(torch.zeros(HEADS // 2, len(EDGES) - 1)) if routed else None
         self.drop = nn.Dropout(DROPOUT)
 
-    def route(self, q, k, v, mask, kinds, pressure):
-        """The first half of the heads along edges: + beta[head, type] on one, - pressure elsewhere, and from
-        pressure 30 on nothing else at all. |q.k|/sqrt(d) is bounded by QK-norm, so that this last switch is
-        invisible. kinds (B, Nq, Nk) types."""
-        half = HEADS // 2
-        table = torch.cat([self.beta.new_full((half, 1), -pressure), self.beta], 1)
-        bias = (F.one_hot(kinds.long(), len(EDGES)).to(table) @ table.T).movedim(-1, 1)  # (B, H/2, Nq, Nk)
-        seen = (mask if pressure < 30 else mask & (kinds > 0))[:, None] if mask.ndim == 3 or pressure >= 30 else mask
-        bias = bias.masked_fill(~seen, -math.inf)
-        return torch.cat([attend(q[:, :half], k[:, :half], v[:, :half], bias.to(q.dtype)),
-                          attend(q[:, half:], k[:, half:], v[:, half:], mask)], 1)
+    def bias(self, mask, kinds, pressure):
+        """What routed heads add to their scores, (B, H/2, Nq, Nk): beta[head, type] on an edge, - pressure
+        elsewhere, and from pressure 30 on -inf. |q.k|/sqrt(d) is bounded by QK-norm, so that this last switch is
+        invisible. mask (Nq, Nk) bool, kinds (B, Nq, Nk) edge types."""
+        table = torch.cat([self.beta.new_full((len(self.beta), 1), -pressure), self.beta], 1)
+        bias = (F.one_hot(kinds.long(), len(EDGES)).to(table) @ table.T).movedim(-1, 1)
+        seen = mask & (kinds > 0)[:, None] if pressure >= 30 else mask
+        return bias.masked_fill(~seen, -math.inf)
+
+    def attention(self, q, k, v, mask, kinds, pressure):
+        """(B, H, Nq, head_dim). With a graph the first half of the heads see its edges, the rest everything."""
+        if kinds is None:
+            return attend(q, k, v, mask)
+        n = len(self.beta)
+        bias = self.bias(mask, kinds, pressure).to(q.dtype)
+        return torch.cat([attend(q[:, :n], k[:, :n], v[:, :n], bias), attend(q[:, n:], k[:, n:], v[:, n:], mask)], 1)
 
     def forward(self, x, turn, mask, v_1=None, kinds=None, pressure=0.0, cache=None):
         """x (B, n, DIM), mask (n, T) bool. Returns x and the first layer's values."""
@@ -302,8 +310,7 @@ class Block(nn.Module):
             v = self.mix * v + (1 - self.mix) * v_1
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, mask) if kinds is None else self.route(q, k, v, mask, kinds, pressure)
-        x = x + self.drop(self.attn.merge(y))
+        x = x + self.drop(self.attn.merge(self.attention(q, k, v, mask, kinds, pressure)))
         return x + self.drop(self.mlp(self.norm_2(x))), new
 
 
@@ -856,9 +863,10 @@ def reference(data):
                            ngram=text.NGram(train, int(found["ngram_order"])))
 
 
-def evaluate(model, data, ref, history=(), control=None, speed=math.nan, last=False):
-    """Every number of a report beside its floor and, where it exists, what human text gets. Returns (metrics,
-    arrays for the pictures). Exits when the model sees the future: its perplexity would mean nothing."""
+def evaluate(model, data, ref, so_far):
+    """Every number of a report beside its floor and, where it exists, what human text gets. so_far: what report()
+    is given. Returns (metrics, arrays for the pictures). Exits when the model sees the future: its perplexity
+    would mean nothing."""
     ids = torch.from_numpy(data.val[:4 * CONTEXT].astype(np.int64)).view(4, CONTEXT).to(next(model.parameters()).device)
     change, culprit = leak(awake(model), ids)
     if change > 1e-4 and not OVERRULE:
@@ -875,14 +883,14 @@ def evaluate(model, data, ref, history=(), control=None, speed=math.nan, last=Fa
     add("bits_per_byte", unit["bits_per_byte"], "lower", floor=floors["xz"])
     for name in ("unigram", "ngram", "zlib", "bz2", "xz"):
         add(f"{name}_bits_per_byte", floors[name], "lower", floor=8.0)
-    add("control_bits_per_byte", control, "lower", floor=floors["xz"])
+    add("control_bits_per_byte", so_far.control, "lower", floor=floors["xz"])
     add("val_loss", unit["nats"], "lower", floor=math.log(data.V))
     add("token_ppl", unit["token_ppl"], "lower", floor=float(data.V))
     add("word_ppl", unit["word_ppl"], "lower")
     add("leak", change, "lower", floor=0.0)
-    add("turning_step", forecast(history), None)
-    add("tokens_per_s", speed, "higher")
-    if last:  # overlapping windows: every target has at least half a window before it
+    add("turning_step", forecast([*so_far.history, [so_far.step, so_far.train_loss, unit["nats"]]]), None)
+    add("tokens_per_s", so_far.speed, "higher")
+    if so_far.last:  # overlapping windows: every target has at least half a window before it
         for split in ("val", "test"):
             tokens, documents = getattr(data, split), getattr(data.corpus, split)
             if len(tokens) > CONTEXT + 1:
@@ -908,27 +916,646 @@ def summary(metrics):
             f"word ppl {m['word_ppl']:.0f}, distinct-2 {m['distinct_2']:.2f}, real words {m['real_words']:.2f}")
 
 
-def report(folder, model, data, ref, history, log=None, board=None, control=None, speed=math.nan, last=False,
-           credit=()):
-    """Every number, picture and array of one epoch folder. Returns the metrics."""
-    metrics, arrays = evaluate(model, data, ref, history, control, speed, last)
+def report(folder, model, data, ref, so_far, board=None):
+    """
+    Every number, picture and array of one epoch folder; returns the metrics. so_far says where the run is: step,
+    train_loss (nats, lately), history (rows of step, train nats, val nats), speed (tokens a second), control (its
+    bits a byte or None), last (the run's last report), credit (rows of K-1), log (path of log.csv).
+    """
+    metrics, arrays = evaluate(model, data, ref, so_far)
     folder.mkdir(parents=True, exist_ok=True)
-    draw_samples(folder, model, data)
-    draw_loss(folder, history, metrics, log)
+    history = np.array([*so_far.history, [so_far.step, so_far.train_loss, metrics["val_loss"]["value"]]], float)
+    draw_loss(folder, history, metrics, data, so_far)
+    draw_floors(folder, metrics)
+    draw_positions(folder, arrays, data)
+    draw_quality(folder, arrays)
+    draw_samples(folder, model, data, ref)
+    draw_embeddings(folder, model, data)
+    if model.stage >= 0 and MU_MODE == "blocks":
+        draw_mu(folder, model, data)
+    if model.stage >= 1:
+        draw_temporal(folder, model, data, arrays)
+    if model.stage >= 2 and so_far.credit:
+        draw_credit(folder, so_far.credit, list(Credit(model).leaves))
+    if model.stage >= 3:
+        draw_graph(folder, model, data)
     common.save_metrics(None, folder, metrics)
     if board is not None:
         for name, m in metrics.items():
             if m["value"] is not None:
-                board.add_scalar(f"eval/{name}", m["value"], int(folder.name[6:]))
+                board.add_scalar(f"eval/{name}", m["value"], so_far.step)
     return metrics
 
 
-def draw_samples(folder, model, data):
-    pass
+# ---------------------------------------------------------------- pictures
+def label(token):
+    """How a token is written in a picture."""
+    return token.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u2423").replace("$", r"\$")
 
 
-def draw_loss(folder, history, metrics, log):
-    pass
+def bits_of(nats, data):
+    """Nats a token -> bits a byte, by the bytes a token has in the validation text."""
+    return nats / math.log(2) / max(1e-9, float(data.tokenizer.byte_lengths[data.val].mean()))
+
+
+def draw_loss(folder, history, metrics, data, so_far):
+    """Training and validation loss in bits a byte, with the floors as lines. history.npy: step, train nats, val
+    nats, val bits a byte, learning rate, ms a step."""
+    log = common.read_log(so_far.log) if so_far.log is not None and so_far.log.exists() else None
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    rows = np.full((len(history), 6), np.nan)
+    rows[:, :3], rows[:, 3] = history, bits_of(history[:, 2], data)
+    rows[-1, 3] = metrics["bits_per_byte"]["value"]
+    if log is not None and len(log["step"]) > 1:
+        n = max(1, len(log["step"]) // 60)
+        smooth = np.convolve(log["loss"], np.ones(n) / n, "valid")
+        ax.plot(log["step"][n - 1:], bits_of(smooth, data), color="0.6", lw=1, label=f"train, mean of {n} steps")
+        place = np.searchsorted(log["step"], history[:, 0]).clip(0, len(log["step"]) - 1)
+        rows[:, 4], rows[:, 5] = log["lr"][place], 1000 * log["seconds"][place] / np.maximum(1, log["step"][place])
+    ax.plot(rows[:, 0], rows[:, 3], "o-", color="C3", ms=4, label="validation")
+    for name, style in (("unigram", ":"), ("ngram", "--"), ("bz2", "-."), ("xz", "-")):
+        value = metrics[f"{name}_bits_per_byte"]["value"]
+        ax.axhline(value, color="k", lw=0.8, ls=style, label=f"{name} {value:.3f}")
+    if so_far.control is not None:
+        ax.axhline(so_far.control, color="C0", lw=1, label=f"control {so_far.control:.3f}")
+    ax.set(xlabel="optimizer step", ylabel="bits a byte", ylim=(1, 5.2),
+           title=f"validation {rows[-1, 3]:.3f} bits a byte after step {so_far.step}")
+    ax.legend(fontsize=8, ncols=2)
+    save_artifact(folder, "loss", rows, figure)
+    np.save(folder / "history.npy", rows)
+
+
+def draw_floors(folder, metrics):
+    """What it is worth: the model beside everything that does not learn."""
+    names = ["unigram", "zlib", "ngram", "bz2", "xz"]
+    bars = [("uniform", 8.0)] + [(n, metrics[f"{n}_bits_per_byte"]["value"]) for n in names]
+    if metrics["control_bits_per_byte"]["value"] is not None:
+        bars.append(("control", metrics["control_bits_per_byte"]["value"]))
+    bars.append(("model", metrics["bits_per_byte"]["value"]))
+    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    drawn = ax.barh([b[0] for b in bars], [b[1] for b in bars],
+                    color=["C3" if b[0] == "model" else "C0" if b[0] == "control" else "0.7" for b in bars])
+    ax.bar_label(drawn, fmt="%.3f", fontsize=8, padding=2)
+    ax.invert_yaxis()
+    ax.set(xlabel="bits a byte of held-out text (less is better)", xlim=(0, 8.8))
+    save_artifact(folder, "floors", [b[1] for b in bars], figure)
+
+
+def draw_positions(folder, arrays, data):
+    """Mean nats by position in the window: what context is worth."""
+    mean = np.array([arrays.nats[arrays.place == i].mean() if (arrays.place == i).any() else np.nan
+                     for i in range(CONTEXT)])
+    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    ax.plot(np.arange(1, CONTEXT + 1), mean, lw=1.2)
+    ax.set(xlabel="tokens of context", ylabel="nats a token", xscale="log",
+           title=f"position 1: {mean[0]:.2f}; last quarter: {np.nanmean(mean[-CONTEXT // 4:]):.2f} nats")
+    save_artifact(folder, "loss_by_position", mean, figure)
+
+
+def draw_quality(folder, arrays):
+    """The card of samples beside the same card of human text of the same amount, on a common scale."""
+    names = [n for n, _ in text.CARD if n in arrays.card]
+    table = np.array([[arrays.card[n], arrays.human.get(n, math.nan)] for n in names])
+    figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    scale = np.maximum(np.nanmax(np.abs(table), 1), 1e-9)
+    y = np.arange(len(names))
+    ax.barh(y - 0.2, np.abs(table[:, 0]) / scale, 0.4, label="model", color="C3")
+    ax.barh(y + 0.2, np.abs(table[:, 1]) / scale, 0.4, label="held-out human text", color="0.6")
+    for i, (mine, human) in enumerate(table):
+        ax.text(1.02, i, f"{mine:.3g}   human {human:.3g}" if human == human else f"{mine:.3g}", va="center", size=8)
+    ax.set_yticks(y, names)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1.45), xticks=[], title="quality card: the nearer to human text, the better")
+    ax.legend(fontsize=8, loc="lower right")
+    save_artifact(folder, "quality", table, figure)
+
+
+@torch.no_grad()
+def surprisal(model, ids):
+    """Bits (n,) of each token of ids (n,) given those before it; the first has none. At most CONTEXT + 1."""
+    ids = ids[None, :CONTEXT + 1].to(next(model.parameters()).device)
+    logits = model(ids[:, :-1])
+    bits = F.cross_entropy(logits[0], ids[0, 1:], reduction="none") / math.log(2)
+    return np.concatenate([[0.0], bits.cpu().numpy()])
+
+
+def draw_samples(folder, model, data, ref):
+    """samples.txt (greedy and drawn continuations of PROMPTS), samples.npy (their ids, padded with end of text),
+    samples.html: each token coloured by how surprising the model found it."""
+    tokenizer, rows, lines, html = data.tokenizer, [], [], []
+    for k, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([tokenizer.encode(prompt)[-CONTEXT:]])
+        for temperature in (0.0, TEMPERATURE):
+            out = sample(model, ids, LENGTH, seed_of(SEED, "samples", k), tokenizer.end, temperature=temperature)[0].cpu()
+            written = tokenizer.decode([i for i in out.tolist() if i != tokenizer.end])
+            lines.append(f"--- temperature {temperature:g}\n{written}\n")
+            rows.append(out.numpy())
+            spans = []
+            for token, bits in zip(out.tolist(), surprisal(model, out)):
+                piece = tokenizer.decode([token]).replace("&", "&amp;").replace("<", "&lt;")
+                spans.append(f'<span style="background:rgba(255,80,0,{min(1, bits / 12):.2f})" '
+                             f'title="{bits:.1f} bits">{piece}</span>')
+            html.append(f"<h4>temperature {temperature:g}</h4><pre>{''.join(spans)}</pre>")
+    (folder / "samples.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "samples.html").write_text("<meta charset=utf-8><style>pre{white-space:pre-wrap}</style>\n"
+                                         + "\n".join(html), encoding="utf-8")
+    padded = np.full((len(rows), max(map(len, rows))), tokenizer.end)
+    for row, ids in zip(padded, rows):
+        row[:len(ids)] = ids
+    np.save(folder / "samples.npy", padded)
+
+
+def principal(x, k=2):
+    """Coordinates (N, k) of rows x (N, d) along their main axes."""
+    x = x - x.mean(0)
+    return x @ np.linalg.svd(x, full_matrices=False)[2][:k].T
+
+
+@torch.no_grad()
+def draw_embeddings(folder, model, data, count=150):
+    """The most frequent tokens as the network sees them at its entrance, on their two main axes."""
+    frequent = np.argsort(-np.bincount(np.asarray(data.val, dtype=np.int64), minlength=data.V))[:count]
+    ids = torch.from_numpy(frequent)[None].to(next(model.parameters()).device)
+    vectors = rms(model.embed(ids))[0].float().cpu().numpy()
+    xy = principal(vectors)
+    figure, ax = plt.subplots(figsize=(8, 8), layout="constrained")
+    for (x, y), token in zip(xy, frequent):
+        word = data.tokenizer.decode([int(token)])
+        kind = "C0" if word.strip().isalpha() else "C1" if word.strip().isdigit() else "C2" if word.strip() else "C3"
+        ax.text(x, y, label(word) or "(end)", fontsize=7, color=kind, ha="center", va="center")
+    ax.set(xlim=(xy[:, 0].min() - .3, xy[:, 0].max() + .3), ylim=(xy[:, 1].min() - .3, xy[:, 1].max() + .3), xticks=[],
+           yticks=[], title=f"embeddings of the {len(xy)} most frequent tokens: letters, digits, signs, blanks")
+    save_artifact(folder, "embeddings", vectors, figure)
+
+
+@torch.no_grad()
+def block_cosines(mu):
+    """(16, 16) mean cosine of the blocks of a token over the vocabulary, and their effective rank: exp of the
+    entropy of the Gram matrix's eigenvalues, 16 when all blocks say different things."""
+    unit = F.normalize(mu.blocks(torch.arange(mu.table.num_embeddings, device=mu.table.weight.device)[None])[0], dim=-1)
+    gram = torch.einsum("vnk,vmk->nm", unit, unit).cpu().double() / len(unit)
+    share = torch.linalg.eigvalsh(gram).clamp(min=1e-12) / 16
+    return gram.numpy(), float((-(share * share.log()).sum()).exp())
+
+
+@torch.no_grad()
+def draw_mu(folder, model, data, count=40):
+    """Do the 16 blocks say different things, and which tokens open which gates?"""
+    gram, rank = block_cosines(model.embed)
+    gate = model.embed.gate.weight.sigmoid().float().cpu().numpy()
+    frequent = np.argsort(-np.bincount(np.asarray(data.val, dtype=np.int64), minlength=data.V))[:count]
+    off = np.abs(gram - np.diag(np.diag(gram))).max()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", width_ratios=(1, 1.15))
+    axes[0].imshow(gram, cmap="RdBu_r", vmin=-1, vmax=1)
+    axes[0].set_title(f"cosine of blocks: largest off the diagonal {off:.2f}, effective rank {rank:.1f} of 16", size=9)
+    shown = axes[1].imshow(gate[frequent].T, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes[1].set_title("gates of the most frequent tokens", size=9)
+    axes[1].set_xticks(range(len(frequent)), [label(data.tokenizer.decode([int(i)])) or "(end)" for i in frequent],
+                       rotation=90, size=6)
+    axes[0].set_xticks(range(16), MU.names, size=7)
+    for ax in axes:
+        ax.set_yticks(range(16), MU.names, size=7)
+    figure.colorbar(shown, ax=axes[1], shrink=0.7)
+    save_artifact(folder, "mu_cosine", gram, figure)
+    np.save(folder / "mu_gate.npy", gate)
+
+
+@torch.no_grad()
+def draw_temporal(folder, model, data, arrays):
+    """Loss by how long ago the token at the input was last seen, with TEMPORAL and with it silenced: what the
+    stage is worth, and where. temporal.npy: rows of (first distance, targets, nats with, nats without)."""
+    silent = copy.deepcopy(model)
+    silent.temporal.join.weight.zero_()
+    part = np.asarray(data.val[:min(len(data.val), 40 * CONTEXT + 1)])
+    nats, place = score(silent, part, CONTEXT)
+    same, _ = score(model, part, CONTEXT)
+    edge = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+    rows, ago = [], np.zeros(len(nats), np.int64)
+    for i in range(len(nats)):
+        window = part[i - place[i]:i]
+        found = np.flatnonzero(window == part[i])
+        ago[i] = len(window) - found[-1] if len(found) else 0
+    for low, high in zip(edge, [1, *edge[2:], 10**9]):
+        here = (ago >= low) & (ago < high)
+        if here.any():
+            rows.append([low, here.sum(), same[here].mean(), nats[here].mean()])
+    rows = np.array(rows)
+    figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    x = np.arange(len(rows))
+    ax.bar(x - 0.2, rows[:, 3], 0.4, color="0.7", label="TEMPORAL silenced")
+    ax.bar(x + 0.2, rows[:, 2], 0.4, color="C3", label="as trained")
+    ax.set_xticks(x, ["new"] + [f"{int(r)}+" for r in rows[1:, 0]])
+    ax.set(xlabel="tokens since this token was last seen", ylabel="nats of the next token",
+           title=f"silencing TEMPORAL costs {nats.mean() - same.mean():+.3f} nats a token")
+    ax.legend(fontsize=8)
+    save_artifact(folder, "temporal", rows, figure)
+
+
+def draw_credit(folder, credit, leaves):
+    """K-1 over the run: share of the credit and the factor of the learning rate, a row for each leaf. credit.npy and
+    multiplier.npy: (looks, leaves); credit.txt: the last look as a table."""
+    table = np.array(credit, float)
+    shares, factors = table[:, 1:1 + len(leaves)], table[:, 1 + len(leaves):]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for ax, values, name, limits in ((axes[0], shares, "credit", (0, shares.max())),
+                                     (axes[1], np.log2(factors), "log2 of the learning rate's factor", (-2, 2))):
+        shown = ax.imshow(values.T, aspect="auto", cmap="viridis" if name == "credit" else "RdBu_r", vmin=limits[0],
+                          vmax=limits[1], interpolation="nearest", extent=(0, table[-1, 0], len(leaves) - .5, -.5))
+        ax.set(xlabel="optimizer step", title=name)
+        ax.set_yticks(range(len(leaves)), leaves, size=7)
+        figure.colorbar(shown, ax=ax)
+    save_artifact(folder, "credit", shares, figure)
+    np.save(folder / "multiplier.npy", factors)
+    (folder / "credit.txt").write_text("leaf            credit  multiplier\n" + "".join(
+        f"{leaf:15s} {c:6.3f}  {m:6.3f}\n" for leaf, c, m in zip(leaves, shares[-1], factors[-1])))
+
+
+@torch.no_grad()
+def attention_mass(model, ids):
+    """Where routed heads look: share of their attention by edge type, (DEPTH, H/2, 5), mean over positions."""
+    found, hooks = [], []
+
+    def look(block, inputs):
+        x, turn, mask, _, kinds, pressure = inputs[:6]
+        n = len(block.beta)
+        q, k, _ = block.attn.qkv(block.norm_1(x), turn)
+        weight = (q[:, :n] @ k[:, :n].mT / q.shape[-1] ** 0.5 + block.bias(mask, kinds, pressure)).softmax(-1)
+        found.append(torch.stack([(weight * (kinds == kind)[:, None]).sum(-1).mean((0, 2))
+                                  for kind in range(len(EDGES))], -1))
+    for block in model.blocks:
+        hooks.append(block.register_forward_pre_hook(look))
+    try:
+        model(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).cpu().numpy()
+
+
+@torch.no_grad()
+def draw_graph(folder, model, data, count=48):
+    """The edges of a held-out text by type, and how much attention of the routed heads each type gets."""
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(np.asarray(data.val[:CONTEXT]).astype(np.int64))[None].to(device)
+    kinds = edges(model.embed.key(ids), CONTEXT)[0].cpu().numpy()
+    mass, n = attention_mass(model, ids), min(count, CONTEXT)
+    names = [label(data.tokenizer.decode([i])) or "(end)" for i in ids[0, :n].tolist()]
+    colours = plt.matplotlib.colors.ListedColormap(["white", "0.75", "C0", "C3", "C2"])
+    figure, axes = plt.subplots(1, 2, figsize=(13, 7.4), layout="constrained", width_ratios=(1.25, 1))
+    axes[0].imshow(kinds[:n, :n], cmap=colours, vmin=-0.5, vmax=4.5, interpolation="nearest")
+    axes[0].set_xticks(range(n), names, rotation=90, size=6)
+    axes[0].set_yticks(range(n), names, size=6)
+    share = np.bincount(kinds.ravel(), minlength=5)[1:] / kinds.shape[0]
+    axes[0].set_title("a row may look at: " + ", ".join(f"{name} {s:.1f}" for name, s in zip(EDGES[1:], share))
+                      + " edges a token", size=9)
+    table = mass.reshape(-1, len(EDGES))
+    left = np.zeros(len(table))
+    for kind, colour in enumerate(("0.95", "0.75", "C0", "C3", "C2")):
+        axes[1].barh(range(len(table)), table[:, kind], left=left, color=colour, label=EDGES[kind], edgecolor="k", lw=.2)
+        left += table[:, kind]
+    axes[1].set_yticks(range(len(table)), [f"layer {i // mass.shape[1]} head {i % mass.shape[1]}"
+                                           for i in range(len(table))], size=7)
+    axes[1].invert_yaxis()
+    axes[1].set(xlim=(0, 1), title="attention of the routed heads by edge type")
+    axes[1].legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.04))
+    save_artifact(folder, "graph", kinds, figure)
+    np.save(folder / "adjacency.npy", kinds)
+    np.save(folder / "edge_mass.npy", mass)
+
+
+# ---------------------------------------------------------------- pre-flight
+@contextlib.contextmanager
+def shrunk(**values):
+    """Other settings for a while, e.g. a network small enough to train in seconds."""
+    before = {k: globals()[k] for k in values}
+    globals().update(values)
+    try:
+        yield
+    finally:
+        globals().update(before)
+
+
+def quick_training(batch, steps, vocabulary, width=32, depth=2, heads=2, rate_of=0.02):
+    """Losses of a small copy of STAGE trained for `steps`; batch(step) gives ids (B, T + 1)."""
+    with shrunk(DIM=width, MU_DIM=width, HEADS=heads, DEPTH=depth, DROPOUT=0.0, LR=rate_of, WARMUP=5, GRAPH_RAMP=0.3,
+                K1_DELAY=20, CONTEXT=batch(0).shape[1] - 1, MATCH=min(MATCH, max(0, stage_number()))):
+        model = build_model(vocabulary)
+        optimizer, credit, losses = Optimizers(model), Credit(model), []
+        for step in range(steps):
+            if model.stage >= 3:
+                set_pressure(model, step, steps)
+            loss = loss_fn(model, batch(step))
+            loss.backward()
+            if model.stage >= 2 and step % K1_EVERY == 0:
+                credit.observe()
+            set_rates(optimizer, credit, step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def check_data(c):
+    """1"""
+    ids, V = np.concatenate([c.data.train, c.data.val]), c.data.V
+    pieces = [*c.data.corpus.val[:3], "na\u00efve \U0001f642\t\r\n \u0301x", ""]
+    exact = all(c.data.tokenizer.decode_bytes(c.data.tokenizer.encode(p)) == text.text_bytes(p) for p in pieces)
+    shifted = draw_batch(c.data, 0)[0].numpy()
+    follows = any((c.data.train[i:i + CONTEXT + 1] == shifted).all()
+                  for i in np.flatnonzero(c.data.train[:-CONTEXT] == shifted[0]))
+    shared = text.shared_shingles(c.data.corpus.train, c.data.corpus.val)
+    ok = exact and follows and 0 <= ids.min() and ids.max() < V
+    return ok and (shared < 0.02 or None), (
+        f"{len(c.data.train):,} training tokens = {windows_per_epoch(c.data):,} windows of {CONTEXT}; "
+        f"{100 * len(np.unique(ids)) / V:.0f} % of {V:,} tokens used; decode(encode(x)) "
+        f"{'exact' if exact else 'WRONG'}; {100 * shared:.2f} % of validation is in train")
+
+
+def check_start(c):
+    """2"""
+    with torch.no_grad():
+        logits = c.fresh(c.ids)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), c.ids[:, 1:].flatten())
+    off = float(loss) - math.log(c.data.V)
+    return abs(off) <= 0.15, (f"first loss {float(loss):.4f}, ln V {math.log(c.data.V):.4f}; logits from "
+                              f"{float(logits.min()):.2g} to {float(logits.max()):.2g}")
+
+
+def check_future(c):
+    """3"""
+    change, culprit = leak(c.awake, c.ids)
+    middle, kept = c.ids.shape[1] // 2, []
+    hook = c.awake.drop.register_forward_hook(lambda module, inputs, output: kept.append(
+        output.detach().requires_grad_()) or kept[-1])
+    c.awake(c.ids)[:, middle].sum().backward()
+    hook.remove()
+    gradient = float(kept[0].grad[:, middle + 1:].abs().max())
+    c.awake.zero_grad()
+    return change <= 1e-5 and gradient == 0, (
+        f"changing later tokens moves earlier logits by {change:.1g}, gradient to later inputs {gradient:.1g}"
+        + (f"; FIRST LEAK IN {culprit}" if culprit else ""))
+
+
+def check_noise(c):
+    """4"""
+    g = generator_of(0, "noise")
+    noise = np.mean(quick_training(lambda step: torch.randint(64, (16, 33), generator=g), 240, 65)[-20:])
+    period = torch.randint(64, (300, 16, 16), generator=g)
+    copied = quick_training(lambda step: period[step].repeat(1, 3)[:, :33], 300, 65)[-20:]
+    honest, learns = noise >= math.log(64) - 0.05, np.mean(copied) < 0.75 * math.log(64)
+    return honest and (learns or None), (f"loss on random tokens {noise:.3f} (ln 64 = {math.log(64):.3f}); on text that "
+                                         f"repeats itself {np.mean(copied):.2f}")
+
+
+def check_order(c):
+    """5"""
+    order = torch.randperm(c.ids.shape[1], generator=generator_of(0, "order"))
+    with torch.no_grad():
+        error = float((c.awake(c.ids[:, order]) - c.awake(c.ids)[:, order]).abs().max())
+    return error > 1e-3, f"shuffled input: outputs differ by {error:.2g} from shuffled outputs"
+
+
+def check_batch(c):
+    """6"""
+    with torch.no_grad():
+        both, twice, alone = c.awake(c.ids), c.awake(c.ids), c.awake(c.ids[1:2])
+        c.awake.train()
+        dropped = float((c.awake(c.ids) - both).abs().max())
+        c.awake.eval()
+    apart, again = float((alone - both[1:2]).abs().max()), float((twice - both).abs().max())
+    return apart <= 1e-4 and again == 0 and (dropped > 0) == (DROPOUT > 0), (
+        f"a text alone or in a batch differs by {apart:.1g}, two passes by {again:.1g}; dropout changes {dropped:.1g}")
+
+
+def check_memory(c):
+    """7"""
+    sentence = torch.tensor([c.data.tokenizer.encode("The capital of India is New Delhi.")])
+    batch = torch.randint(64, (4, 33), generator=generator_of(0, "memory"))
+    one = quick_training(lambda step: sentence, 100, c.data.V, 64, 3)
+    many = quick_training(lambda step: batch, 100, 65, 64, 3)
+    first = next((i for i, loss in enumerate(many) if loss < 0.1), None)
+    return min(one[-1], many[-1]) == min(one[-1], many[-1]) and max(one[-1], many[-1]) < 0.1, (
+        f"one sentence: loss {one[0]:.2f} -> {one[50]:.2f} -> {one[-1]:.3f}; a batch: {many[0]:.2f} -> {many[-1]:.3f}"
+        + (f", below 0.1 at step {first}" if first is not None else ""))
+
+
+def check_gradients(c):
+    """8"""
+    loss_fn(c.trained, c.batch).backward()
+    size = [math.sqrt(sum(p.grad.square().sum() for p in block.parameters() if p.grad is not None)
+                      / sum(p.numel() for p in block.parameters())) for block in c.trained.blocks]
+    missing = [n for n, p in c.trained.named_parameters() if p.grad is None]
+    broken = [n for n, p in c.trained.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    ratio = size[0] / max(size[-1], 1e-30)
+    return not missing and not broken and 1e-3 <= ratio <= 1e3, (
+        f"gradient RMS {size[0]:.1e} in the first block, {size[-1]:.1e} in the last"
+        + (f"; none in {', '.join(missing[:3])}" if missing else "") + (f"; NaN in {broken[0]}" if broken else ""))
+
+
+def check_activations(c):
+    """9"""
+    rows, hooks, dead = [], [], []
+    for block in c.trained.blocks:
+        def look(module, inputs, output):
+            x = output[0].detach()
+            rows.append([float(x.square().mean().sqrt()), float((x - x.mean()).pow(4).mean() / x.var() ** 2)])
+        hooks.append(block.register_forward_hook(look))
+        hooks.append(block.mlp.up.register_forward_hook(
+            lambda module, inputs, output: dead.append(float((output.flatten(0, 1) <= 0).all(0).float().mean()))))
+    with torch.no_grad():
+        c.trained(c.ids)
+    for hook in hooks:
+        hook.remove()
+    c.activations = np.array(rows)
+    cosine = ""
+    worst = 0.0
+    if c.trained.stage >= 0 and MU_MODE == "blocks":
+        gram, rank = block_cosines(c.trained.embed)
+        worst = float(np.abs(gram - np.diag(np.diag(gram))).max())
+        cosine = f"; MU blocks: cosine up to {worst:.2f}, effective rank {rank:.1f} of 16"
+    ok = worst <= 0.9 and max(dead) <= 0.5
+    return ok or None, (f"RMS {rows[0][0]:.2f} -> {rows[-1][0]:.2f} through the blocks, kurtosis up to "
+                        f"{max(r[1] for r in rows):.1f}, dead units {100 * max(dead):.0f} %{cosine}")
+
+
+def check_updates(c):
+    """10"""
+    low, high = min(c.updates.values()), max(c.updates.values())
+    factor = c.credit.multipliers()
+    mean = sum(c.credit.share[leaf] * m for leaf, m in factor.items())
+    k1 = (f"; K-1 multiplies by {min(factor.values()):.2f} to {max(factor.values()):.2f}, mean {mean:.3f}"
+          if c.trained.stage >= 2 else "")
+    return (1e-5 <= low and high <= 0.3 and abs(mean - 1) < 1e-3) or None, (
+        f"a step moves weights by {low:.1e} to {high:.1e} of their size{k1}")
+
+
+def check_graph(c):
+    """11"""
+    if c.trained.stage < 3:
+        return True, "no graph at this stage"
+    ids = c.ids[:1]
+    kinds = edges(c.trained.embed.key(ids), ids.shape[1])[0].cpu()
+    step, T = (kinds > 0).float(), len(kinds)
+    reach, seen = step.clone(), [float(step.tril().sum()) / (T * (T + 1) / 2)]
+    for _ in range(DEPTH - 1):
+        reach = ((reach @ step) > 0).float()
+        seen.append(float(reach.sum()) / (T * (T + 1) / 2))
+    same = (ids[0, :, None] == ids[0]).tril(-1).cpu()
+    pairs = F.pad(same, (1, 0))[:, :-1].tril()  # (i, j + 1) with token j = token i: where induction looks
+    induction = float(step[pairs].mean()) if pairs.any() else math.nan
+    isolated = int((step.sum(1) == 0).sum())
+    kind = ", ".join(f"{name} {int((kinds == k + 1).sum()) / T:.1f}" for k, name in enumerate(EDGES[1:]))
+    return isolated == 0, (f"edges a token: {kind}; {100 * seen[0]:.0f} % of the past in one layer, {100 * seen[-1]:.0f} % "
+                           f"in {DEPTH}; {100 * induction:.0f} % of induction pairs; isolated {isolated}")
+
+
+def check_capacity(c):
+    """12"""
+    total = sum(p.numel() for p in c.model.parameters())
+    table = sum(p.numel() for n, p in c.model.named_parameters() if n.startswith(("embed", "temporal", "head")))
+    epochs = c.total / steps_per_epoch(c.data)
+    memory = total * (12 if OPT == "muon" else 16) / 2**20
+    return epochs <= 4 or DROPOUT > 0 or None, (
+        f"{total:,} parameters ({100 * table / total:.0f} % tables and head), {len(c.data.train) * min(1, epochs) / total:.2f} "
+        f"different tokens each (20 is ample), {epochs:.1f} epochs planned, {memory:.0f} MiB with the optimizer")
+
+
+def check_speed(c):
+    """13"""
+    step = c.seconds
+    return True, (f"{1000 * step:.0f} ms a step = {BATCH_SIZE * ACCUM * CONTEXT / step:,.0f} tokens/s on {c.ids.device} with "
+                  f"{torch.get_num_threads()} threads; {c.total:,} steps in about {c.total * step / 60:.1f} minutes")
+
+
+def check_cache(c):
+    """15"""
+    memory, error = Memory(), 0.0
+    with torch.no_grad():
+        whole = c.awake(c.ids[:1])
+        for start_at, stop in ((0, CONTEXT // 2), *((i, i + 1) for i in range(CONTEXT // 2, c.ids.shape[1]))):
+            part = c.awake(c.ids[:1, start_at:stop], memory=memory)
+            error = max(error, float((part - whole[:, start_at:stop]).abs().max()))
+    return error <= 1e-4, f"logits with and without the cache differ by {error:.1g}"
+
+
+def check_unigram(c):
+    """16"""
+    return True, f"counting tokens alone gives {unigram_nats(c.data):.3f} nats; a run that is above it after 200 steps says so"
+
+
+def check_text(c):
+    """17"""
+    prompt = torch.tensor([c.data.tokenizer.encode("The capital of India is")[-CONTEXT:]])
+    out = [c.data.tokenizer.decode(sample(c.trained, prompt, 12, 0, temperature=t)[0].tolist()) for t in (0.0, 0.8)]
+    return True, f"after 10 steps, greedy {out[0]!r}, drawn {out[1]!r}"
+
+
+def preflight(model, data, total, fast):
+    """
+    The checks of the design, in its numbering: (number, what, check, in the fast subset, remedy). A check returns
+    (True pass | None warn | False fail, what it measured). fast: those that take a moment; before every training.
+    Returns the rows (number, status, line), and the activations (DEPTH, 2) of the slow ones.
+    """
+    table = (
+        (1, "data", check_data, True, "look at DATA and TOKENIZER; split by document"),
+        (2, "first loss is ln V", check_start, True, "ZERO_INIT=True, or a smaller start of the head"),
+        (3, "cannot see the future", check_future, True, "a mask is missing in the module named"),
+        (4, "learns nothing from noise", check_noise, False, "something shows the target to the input"),
+        (5, "knows the order", check_order, True, "POSITIONS=rope"),
+        (6, "texts are independent", check_batch, True, "no statistics over the batch, no randomness in eval"),
+        (7, "can memorise", check_memory, False, "LR too low, or a path without gradient"),
+        (8, "gradients flow", check_gradients, False, "QK_NORM=True, ZERO_INIT=True, a lower LR"),
+        (9, "activations", check_activations, False, "MU_GRAM=0.01 pushes blocks apart; a lower LR revives units"),
+        (10, "size of the updates", check_updates, False, "LR; K1_ALPHA=0 switches K-1 off"),
+        (11, "graph", check_graph, False, "GRAPH_WINDOW at least 0 keeps the self edge; a larger GRAPH_K"),
+        (12, "capacity", check_capacity, False, "more text, DROPOUT=0.2, fewer EPOCHS"),
+        (13, "speed", check_speed, False, ""),
+        (15, "cache equals no cache", check_cache, True, "positions must go on in the cache, values are kept mixed"),
+        (16, "unigram baseline", check_unigram, False, ""),
+        (17, "text", check_text, False, ""),
+    )
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(np.asarray(data.val[:4 * CONTEXT]).astype(np.int64)).view(4, CONTEXT).to(device)
+    torch.manual_seed(SEED)
+    c = SimpleNamespace(model=model, awake=awake(model), fresh=build_model(data.V).to(device).eval(), data=data, ids=ids,
+                        total=total, activations=None)
+    if not fast:  # some checks look at a network that has moved a little
+        c.trained, c.batch = copy.deepcopy(model).train(), draw_batch(data, 0).to(device)
+        optimizer, c.credit, clock = Optimizers(c.trained), Credit(c.trained), None
+        for step in range(10):
+            if step == 3:
+                clock = time.monotonic()
+            loss_fn(c.trained, draw_batch(data, step)[:BATCH_SIZE].to(device)).backward()
+            c.credit.observe()
+            set_rates(optimizer, c.credit, step, 100)
+            before = {n: p.detach().clone() for n, p in c.trained.named_parameters()} if step == 9 else {}
+            optimizer.step()
+            optimizer.zero_grad()
+        c.seconds = (time.monotonic() - clock) / 7 * ACCUM
+        c.updates = {n: float((p - before[n]).norm() / p.norm().clamp(min=1e-9))
+                     for n, p in c.trained.named_parameters() if p.ndim == 2 and before[n].norm() > 0.1 * p.norm()}
+        c.trained.eval()
+    rows = []
+    for number, what, check, quick, remedy in table:
+        if fast and not quick:
+            continue
+        ok, found = check(c)
+        status = {True: "PASS", None: "WARN", False: "FAIL"}[ok if ok is None else bool(ok)]
+        rows.append((number, status, f"{status}  {number:2d} {what}: {found}"
+                     + (f"  -> {remedy}" if status != "PASS" and remedy else "")))
+        if not fast:
+            print(rows[-1][2], flush=True)
+    return rows, c.activations
+
+
+def unigram_nats(data):
+    """Nats a token of the best predictor that knows only how often a token occurs (add one)."""
+    count = np.bincount(np.asarray(data.train, dtype=np.int64), minlength=data.V) + 1.0
+    return float(-np.log(count / count.sum())[np.asarray(data.val[1:], dtype=np.int64)].mean())
+
+
+def diagnose():
+    """DIAGNOSE=True: every check on the model that STAGE would train (ladder: stage 3). Exit code 1 on a FAIL."""
+    if STAGE == "ladder":
+        globals().update(STAGE="3")
+    clock, device = time.monotonic(), common.pick_device()
+    data, _ = prepare()
+    torch.manual_seed(SEED)
+    model = build_model(data.V).to(device)
+    rows, activations = preflight(model, data, total_steps(data), fast=False)
+    folder = Path(OUT) / "lm_diagnose"
+    save_artifact(folder, "activations", activations)
+    (folder / "diagnose.txt").write_text("".join(row[2] + "\n" for row in rows))
+    count = {s: sum(row[1] == s for row in rows) for s in ("PASS", "WARN", "FAIL")}
+    print(f"stage {model.stage}: " + ", ".join(f"{n} {s}" for s, n in count.items())
+          + f" in {time.monotonic() - clock:.0f} s; {folder / 'diagnose.txt'}")
+    sys.exit(1 if count["FAIL"] else 0)
+
+
+def convert():
+    """CONVERT=12: what a token perplexity means in the other units on DATA, and whether to believe it."""
+    if DATA == "wikitext2" and TOKENIZER == "gpt2":
+        per_token, words = 4.554, 1.1542  # raw test split: 283,427 tokens for 1,290,694 bytes, 245,569 words
+        data = None
+    else:
+        data = load_data(Path(OUT) / "cache")
+        bytes_, count = sum(len(text.text_bytes(d)) for d in data.corpus.val), len(data.val) - len(data.corpus.val)
+        per_token, words = bytes_ / count, count / sum(text.word_count(d) for d in data.corpus.val)
+    nats = math.log(CONVERT)
+    bits, word_ppl = nats / math.log(2) / per_token, CONVERT ** words
+    print(f"token perplexity {CONVERT:g} on {DATA} with {TOKENIZER} tokens = {nats:.3f} nats a token = {bits:.3f} bits a "
+          f"byte = word perplexity {word_ppl:.1f}")
+    if DATA == "wikitext2":
+        known = ((18.34, "GPT-2 XL without training on it"), (44.3, "the best LSTM with dynamic evaluation"),
+                 (55.0, "the best LSTM trained on it alone"), (94.3, "a plain LSTM"), (180.0, "a fair small transformer"))
+        below = [what for value, what in known if word_ppl < value]
+        print(f"verdict: better than {below[0]}" + (": look for leakage" if word_ppl < 44.3 else "") if below
+              else "verdict: worse than a fair small transformer; plausible")
+    else:
+        floors = text.floors(data.corpus.train, data.corpus.val, Path(OUT) / "cache")
+        print(f"verdict: n-gram {floors['ngram']:.3f}, xz {floors['xz']:.3f} bits a byte; "
+              + ("below half of both: look for leakage" if bits < 0.5 * min(floors["ngram"], floors["xz"])
+                 else "plausible" if bits < 8 else "worse than guessing"))
 
 
 # ---------------------------------------------------------------- training
@@ -985,6 +1612,45 @@ def build_ema(checkpoint, device):
     return model
 
 
+def inference_full(checkpoint, folder, log):
+    """Redraw every number and picture of a checkpoint's epoch into `folder`, the same bits as in the run.
+    checkpoint: from common.load_checkpoint, its settings already put back (sample.py --full does both)."""
+    check_settings()
+    device = common.pick_device()
+    data, ref = prepare()
+    if checkpoint["data"] != data.hash or checkpoint["tokenizer"] != data.tokenizer.state():
+        fail(f"the checkpoint was trained on another text or vocabulary than DATA={DATA} gives now")
+    step, seconds = checkpoint["step"], checkpoint["seconds"]
+    history = [row for row in checkpoint["history"] if row[0] < step]
+    loss = next((row[1] for row in checkpoint["history"] if row[0] == step), math.nan)
+    so_far = SimpleNamespace(step=step, train_loss=loss, history=history, credit=checkpoint["credit"], log=log,
+                             speed=BATCH_SIZE * ACCUM * CONTEXT * step / seconds if seconds else math.nan,
+                             control=control_bits(), last=step == total_steps(data))
+    return report(folder, build_ema(checkpoint, device), data, ref, so_far)
+
+
+def save_samples(checkpoint, folder, prompt, count, seed):
+    """sample.py: `count` continuations of prompt (empty: a text from its beginning), the first one printed as it
+    is written. samples.txt to read, samples.npy the ids, padded with end of text."""
+    check_settings()
+    device, tokenizer = common.pick_device(), text.Tokenizer.from_state(checkpoint["tokenizer"])
+    ids = tokenizer.encode(prompt) or [tokenizer.end]
+    if len(ids) > CONTEXT:
+        fail(f"the prompt has {len(ids)} tokens, the context of this model CONTEXT={CONTEXT}: shorten it")
+    model, decoder = build_ema(checkpoint, device), codecs.getincrementaldecoder("utf-8")("replace")
+
+    def stream(tokens):
+        print(decoder.decode(tokenizer.bytes_of[int(tokens[0])]), end="", flush=True)
+
+    print(prompt, end="", flush=True)
+    out = sample(model, torch.tensor([ids] * count), LENGTH, seed, tokenizer.end, stream=stream).cpu()
+    written = [tokenizer.decode([i for i in row if i != tokenizer.end]) for row in out.tolist()]
+    print("\n", *(f"---\n{one}\n" for one in written[1:]), sep="\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "samples.txt").write_text("\n---\n".join(written) + "\n", encoding="utf-8")
+    np.save(folder / "samples.npy", out.numpy())
+
+
 def train_step(handle, model, ema, optimizer, credit, guard, data, step, total, run):
     """One optimizer step on the effective batch: forward and backward ACCUM times, K-1's look at the gradients,
     guard, step, EMA. Returns the mean loss, the learning rate and the gradient norm."""
@@ -1019,7 +1685,7 @@ def control_bits():
     if stage_number() < 0:
         return None
     try:
-        table = common.json.loads((Path(OUT) / "lm_control" / "metrics.json").read_text())
+        table = json.loads((Path(OUT) / "lm_control" / "metrics.json").read_text())
         return table["bits_per_byte"]["value"]
     except (OSError, ValueError, KeyError):
         return None
@@ -1041,14 +1707,14 @@ def train():
         grow(model, parent["ema"], "INIT_FROM")
         optimizer.load_state_dict(parent["optimizer"])
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    at = SimpleNamespace(step=0, reported=-1, best=math.inf, best_step=0, seconds=0.0, history=[], multipliers=[])
+    at = SimpleNamespace(step=0, reported=-1, best=math.inf, best_step=0, seconds=0.0, history=[], credit=[])
     per_epoch, total = steps_per_epoch(data), total_steps(data)
     last, log = run.folder / "last.pt", run.folder / "log.csv"
 
     def save(path):
         return common.save_checkpoint(
             path, run, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-            guard=dict(vars(guard)), credit=[credit.scores, credit.seen], **vars(at), stage=model.stage,
+            guard=dict(vars(guard)), scores=dict(credit.scores), seen=credit.seen, **vars(at), stage=model.stage,
             vocabulary=data.V, tokenizer=data.tokenizer.state(), data=data.hash)
 
     def save_last():
@@ -1062,7 +1728,7 @@ def train():
         except (KeyError, ValueError) as error:
             fail(f"last.pt: the optimizer state does not fit this network: {error}")
         vars(guard).update(saved["guard"])
-        credit.scores, credit.seen = dict(saved["credit"][0]), saved["credit"][1]
+        credit.scores, credit.seen = dict(saved["scores"]), saved["seen"]
         vars(at).update({k: copy.copy(saved[k]) for k in vars(at)})
 
     if run.checkpoint is not None:
@@ -1083,6 +1749,25 @@ def train():
         print(f"{data.corpus.facts}\n{data.tokenizer.facts}\n{name}: {parameters:,} parameters, {per_epoch} steps an "
               f"epoch, {total} in all; bits/byte of n-gram {ref.floors['ngram']:.3f}, bz2 {ref.floors['bz2']:.3f}, "
               f"xz {ref.floors['xz']:.3f}")
+        unigram = unigram_nats(data)
+        if PREFLIGHT and at.step == 0:
+            with run.evaluation():
+                rows, _ = preflight(ema, data, total, fast=True)
+                (run.folder / "epoch_0000").mkdir(exist_ok=True)
+                (run.folder / "epoch_0000" / "diagnose.txt").write_text("".join(row[2] + "\n" for row in rows))
+                print("pre-flight: " + ", ".join(f"{number} {status}" for number, status, _ in rows))
+                for _, status, line in rows:
+                    if status == "FAIL" and not OVERRULE:
+                        fail(f"{line}; OVERRULE=True trains all the same")
+        if parent is not None:
+            with torch.no_grad():
+                old = build_model(data.V, str(parent["stage"])).to(run.device).eval()
+                old.load_state_dict(parent["ema"])
+                ids = torch.from_numpy(np.asarray(data.val[:CONTEXT]).astype(np.int64))[None].to(run.device)
+                moved = float((old(ids) - ema(ids)).abs().max())
+            print(f"grown from stage {parent['stage']} (step {parent['step']}): logits moved by {moved:.1g}")
+            if moved > 1e-4 and parent["stage"] < model.stage:
+                fail(f"stage {model.stage} is not the same function as stage {parent['stage']} at the switch")
         save(last)
     bar = tqdm(total=total, initial=at.step, disable=True if run.rank else None, dynamic_ncols=True)
     losses, saved_at, clock, earlier, written = [], time.monotonic(), time.monotonic(), at.seconds, True
@@ -1094,17 +1779,18 @@ def train():
             if run.rank == 0:
                 save_last()
                 folder, paused, metrics = run.folder / f"epoch_{epoch:04d}", time.monotonic(), None
+                speed = BATCH_SIZE * ACCUM * CONTEXT * at.step / at.seconds if at.seconds else math.nan
+                so_far = SimpleNamespace(step=at.step, train_loss=float(np.mean(losses[-100:] or [math.nan])),
+                                         history=at.history, credit=at.credit, speed=speed, log=log,
+                                         control=control_bits(), last=at.step == total)
                 with run.evaluation():
-                    speed = BATCH_SIZE * ACCUM * CONTEXT * at.step / at.seconds if at.seconds else math.nan
-                    recent = float(np.mean(losses[-100:])) if losses else math.nan
-                    metrics = report(folder, ema, data, ref, at.history, log, board, control_bits(), speed,
-                                     at.step == total, at.multipliers)
+                    metrics = report(folder, ema, data, ref, so_far, board)
                     common.save_metrics(run, folder, metrics, seconds=round(at.seconds, 1), parameters=parameters)
                 clock += time.monotonic() - paused  # `seconds` counts training alone
                 if run.signal:
                     continue
                 if metrics is not None:
-                    at.history = [*at.history, [at.step, recent, metrics["val_loss"]["value"]]]
+                    at.history = [*at.history, [at.step, so_far.train_loss, metrics["val_loss"]["value"]]]
             at.reported = at.step
             if run.rank == 0 and metrics is not None:
                 tqdm.write(f"epoch {epoch}: {summary(metrics)}")
@@ -1135,6 +1821,10 @@ def train():
             continue
         common.log_row(log, step=at.step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, skipped=guard.skipped,
                        tokens_per_s=BATCH_SIZE * ACCUM * CONTEXT * at.step / at.seconds, seconds=at.seconds)
+        if model.stage >= 2 and at.step % max(K1_EVERY, total // 200) == 0:
+            at.credit = [*at.credit, [at.step, *credit.credits().values(), *credit.multipliers().values()]]
+        if at.step == 200 and np.mean(losses[-20:]) > unigram:
+            tqdm.write(f"WARN  16 loss {np.mean(losses[-20:]):.3f} after 200 steps: counting tokens alone gives {unigram:.3f}")
         bar.update(1)
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", lr=f"{lr:.1e}", refresh=False)
         if time.monotonic() - saved_at > SAVE_SECONDS:
@@ -1153,6 +1843,10 @@ def train():
 
 def main():
     check_settings(int(os.environ.get("WORLD_SIZE", 1)))
+    if CONVERT:
+        return convert()
+    if DIAGNOSE:
+        return diagnose()
     if STAGE == "ladder":
         stages = [dict(STAGE="control", EPOCHS=4 * EPOCHS, MAX_STEPS=4 * MAX_STEPS), *(dict(STAGE=s) for s in "0123")]
     else:

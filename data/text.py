@@ -137,7 +137,7 @@ def _read(path):
         raise ValueError(f"{path}: expected UTF-8 text, found a zero byte at offset {data.index(0)}; this is "
                          "a binary file (or UTF-16), convert it or take it out of the folder")
     try:
-        return data.decode("utf-8-sig")  # without a byte order mark
+        return data.decode().removeprefix("\ufeff")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, found byte 0x{data[error.start]:02x} at offset "
                          f"{error.start}; convert it (iconv -t utf-8) or take it out of the folder") from None
@@ -602,12 +602,12 @@ PRINTING = [*range(33, 127), *range(161, 173), *range(174, 256)]
 GPT2_ORDER = PRINTING + [b for b in range(256) if b not in PRINTING]
 
 
-def _gpt2_merges(path, sha=None):
-    """[(left id, right id)] of a file in the format of vocab.bpe; sha: expected sha256 (GPT-2's own)."""
+def _gpt2_merges(path):
+    """[(left id, right id)] of GPT-2's vocab.bpe."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; put GPT-2's vocab.bpe (456,318 bytes) there: {GPT2_URL}")
     data = path.read_bytes()
-    _check(path, data, GPT2_SHA if sha is None else sha)
+    _check(path, data, GPT2_SHA)
     byte_of = {chr(b) if b in PRINTING else chr(256 + k - len(PRINTING)): bytes([b])
                for k, b in enumerate(GPT2_ORDER)}
     id_of = {bytes([b]): k for k, b in enumerate(GPT2_ORDER)}
@@ -809,7 +809,7 @@ def quality(samples, train, ngram, prompts=None):
         longest_repeat     mean over samples of the longest run of bytes that occurs twice in it
         real_words         share of the runs of letters that occur in train
         zipf_slope         slope of log count over log rank of the words, ranks 1..1000 (text: about -1)
-        ngram_bits         bits per byte under ngram: far below human text = loops, far above = noise
+        ngram_bits         bits per byte under ngram: far below human text = worn phrases, far above = noise
         copied_8           share of the word 8-grams that occur in train
         copied_prompt_8    share of the word 8-grams that occur in the sample's own prompt
         balanced           share of brackets and quotes that have a partner in their sample (1 without any)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model_dit
-from model_dit import (MLP, SIZES, Attention, Block, DiT, KVCache, RMSNorm, attend, causal_mask, grid_positions,
-                       patchify, rms, rotate, rotation, sincos, unpatchify)
+from model_dit import (MLP, SIZES, Attention, Block, DiT, KVCache, RMSNorm, attend, causal_mask,
+                       grid_positions, patchify, rms, rotate, rotation, sincos, unpatchify)
 
 CONFIGS = {  # odd sides and patches that differ by axis among them
     "2D": (dict(), (2, 3, 8, 12)),
@@ -210,6 +210,18 @@ def test_grouped_queries_are_heads_that_share():
             Attention(24, heads, kv_heads)
 
 
+def test_attention_head_by_head():
+    """out = sum over heads of softmax(q_h k_h^T / sqrt(d)) v_h W_out,h, each with its own rows of the matrices."""
+    layer, x, turn = shake(Attention(24, 4, kv_heads=2)).double(), normal(2, 7, 24), rotation(torch.arange(7), 6)
+    expected = torch.zeros_like(x)
+    for head in range(4):
+        own, group = slice(6 * head, 6 * head + 6), slice(head // 2 * 6, head // 2 * 6 + 6)
+        q, k = (rotate(rms(x @ w.T), *turn) for w in (layer.q.weight[own], layer.k.weight[group]))
+        weight = (q @ k.transpose(1, 2) / math.sqrt(6)).softmax(-1)
+        expected += weight @ (x @ layer.v.weight[group].T) @ layer.out.weight[:, own].T
+    torch.testing.assert_close(layer(x, turn), expected, rtol=0, atol=1e-12)
+
+
 def test_qk_norm_bounds_the_scores():
     x, turn = normal(2, 9, 16) * 50, rotation(torch.arange(9), 8)
 
@@ -348,6 +360,7 @@ def test_mlps_are_their_formulas(bias):
         expected = formula(u) @ layer.down.weight.T + (layer.down.bias if bias else 0)
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
         assert len(list(layer.parameters())) == (4 if bias else 2)
+        assert torch.autograd.gradcheck(layer, x.clone().requires_grad_())
     with pytest.raises(ValueError, match="activation 'tanh': one of gelu, relu2, swiglu"):
         MLP(5, 7, "tanh")
 
