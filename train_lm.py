@@ -6,7 +6,7 @@ A language model grown in stages, in one file: a small causal transformer that c
     S_i += W_tmp (E_t[tok_i] + W_phi phi(how often, how long ago tok_i was seen))     stage 1, TEMPORAL
     lr_g = lr (1 + r (m_g - 1)),  m_g ~ (credit_g / share of parameters)^K1_ALPHA     stage 2, K-1
     attention of half the heads along typed edges only, + beta[head, type]           stage 3, graph routing
-    x <- x + W_o attention(rms(x));  x <- x + W_down relu(W_up rms(x))^2;  logits = 15 tanh(W_head rms(x) / 15)
+    x <- x + W_o attention(rms(x));  x <- x + W_down relu(W_up rms(x))^2;  logits = 15 tanh(W rms(x) / 15)
 
 Every stage starts as exactly the function of the stage below (logits unchanged at the switch) and is compared
 with a plain transformer of as many parameters: the control. No perplexity is reported before a leak check.
@@ -49,9 +49,9 @@ from data import text
 from model_dit import MLP, Attention, KVCache, attend, causal_mask, rms, rotation
 
 # ---------------------------------------------------------------- settings: edit here, or give NAME=value
-STAGE = "ladder"     # 0 MU, 1 +TEMPORAL, 2 +K-1, 3 +graph; control (or -1): plain; ladder: control, then 0 to 3
+STAGE = "ladder"     # 0 MU, 1 +TEMPORAL, 2 +K-1, 3 +graph; control: a plain one; ladder: control, 0, 1, 2, 3
 INIT_FROM = "below"  # stages 1 to 3 grow from the stage below in OUT; or a checkpoint; or "scratch"
-DATA = "pydoc"       # the Python installation's own documentation; a text file or folder; shakespeare, wikitext2
+DATA = "pydoc"       # the Python installation's documentation; a text file or folder; shakespeare, wikitext2
 TOKENIZER = "bpe"    # byte, bpe (learned here), gpt2 (needs MERGES)
 VOCAB = 1024         # of bpe: 256 bytes, merges, end of text
 MERGES = ""          # TOKENIZER=gpt2: where GPT-2's vocab.bpe lies; empty: OUT/cache/vocab.bpe
@@ -116,23 +116,28 @@ OUT = "runs"         # the runs go to OUT/lm_control, OUT/lm_stage0, ...
 RESUME = True        # continue a run when its settings agree; False moves it aside
 
 EXPERIMENTS = {  # then the command line wins over the row
-    "nanogpt_cpu": dict(DATA="shakespeare", TOKENIZER="byte", DIM=128, MU_DIM=128, DEPTH=4, HEADS=4, CONTEXT=64,
+    "nanogpt_cpu": dict(DATA="shakespeare", TOKENIZER="byte", DIM=128, MU_DIM=128, DEPTH=4, HEADS=4,
+                        CONTEXT=64,
                         BATCH_SIZE=12, EPOCHS=0, MAX_STEPS=2000, STAGE="0"),
-    "shakespeare": dict(DATA="shakespeare", TOKENIZER="byte", DIM=384, MU_DIM=384, DEPTH=6, HEADS=6, CONTEXT=256,
+    "shakespeare": dict(DATA="shakespeare", TOKENIZER="byte", DIM=384, MU_DIM=384, DEPTH=6, HEADS=6,
+                        CONTEXT=256,
                         BATCH_SIZE=64, EPOCHS=0, MAX_STEPS=5000, DROPOUT=0.2, WEIGHT_DECAY=0.1, STAGE="0"),
     "wikitext2": dict(DATA="wikitext2", VOCAB=8192, DIM=512, MU_DIM=512, DEPTH=8, HEADS=8, CONTEXT=512,
                       BATCH_SIZE=32, EPOCHS=20, DROPOUT=0.3, WEIGHT_DECAY=0.4, STAGE="0"),
     # the shapes of the lab notes, in causal form; on WikiText-2 with GPT-2's tokens
-    "seed_current": dict(DATA="wikitext2", TOKENIZER="gpt2", DIM=256, MU_DIM=64, DEPTH=6, HEADS=4, CONTEXT=256,
+    "seed_current": dict(DATA="wikitext2", TOKENIZER="gpt2", DIM=256, MU_DIM=64, DEPTH=6, HEADS=4,
+                         CONTEXT=256,
                          TAU=32, STAGE="0"),
-    "seed_fixed": dict(DATA="wikitext2", TOKENIZER="gpt2", DIM=1024, MU_DIM=512, DEPTH=6, HEADS=8, CONTEXT=256,
+    "seed_fixed": dict(DATA="wikitext2", TOKENIZER="gpt2", DIM=1024, MU_DIM=512, DEPTH=6, HEADS=8,
+                       CONTEXT=256,
                        TAU=128, MU_MODE="plain", STAGE="0"),
 }
 
 
 # ---------------------------------------------------------------- data
 def load_data(cache):
-    """The corpus, its tokenizer, its tokens (train, val, test: arrays) and what trivial predictors achieve."""
+    """The corpus, its tokenizer, its tokens (train, val, test: arrays) and what trivial predictors
+    achieve."""
     try:
         corpus = text.load(DATA, cache)
         tokenizer = text.tokenizer(TOKENIZER, VOCAB, corpus.train, cache, MERGES or None)
@@ -145,6 +150,12 @@ def load_data(cache):
             fail(f"DATA={DATA}: the {split} split has {len(tokens[split])} tokens, CONTEXT={CONTEXT} needs "
                  f"{2 * CONTEXT + 2}; give more text or a smaller CONTEXT")
     return data
+
+
+def first_windows(data, device, count=2):
+    """The first windows of the validation split, ids (count, CONTEXT): what checks and pictures look at."""
+    some = np.asarray(data.val[:count * CONTEXT]).astype(np.int64)
+    return torch.from_numpy(some).view(count, CONTEXT).to(device)
 
 
 def windows_per_epoch(data):
@@ -191,8 +202,8 @@ def build_norm():
 
 
 class MU(nn.Module):
-    """Stage 0: a token is 16 blocks of MU_DIM/16 numbers, each normalised and gated, then joined by W_sem. The
-    names the lab notes give the blocks are labels; nothing trains them to mean that."""
+    """Stage 0: a token is 16 blocks of MU_DIM/16 numbers, each normalised and gated, then joined by W_sem.
+    The names the lab notes give the blocks are labels; nothing trains them to mean that."""
     names = "I S C1 C2 R1 R2 T K G M D F P E A X".split()
 
     def __init__(self, vocabulary):
@@ -210,15 +221,16 @@ class MU(nn.Module):
         return self.join(rearrange(self.blocks(ids), "b t n k -> b t (n k)"))
 
     def key(self, ids):
-        """What the graph compares: blocks I, R2, K (plain: everything) as a unit vector, (B, T, k), detached."""
+        """What the graph compares: blocks I, R2, K (plain: everything) as a unit vector, (B, T, k),
+        detached."""
         u = self.blocks(ids).detach()
         u = u if self.gate is None else u[:, :, [self.names.index(n) for n in ("I", "R2", "K")]]
         return F.normalize(u.flatten(2).float(), dim=-1)
 
 
 def recency(ids, new):
-    """phi (B, new, 8) of the last `new` positions of ids (B, T): for each token how often it occurred before in
-    its own window and how long ago; from the past alone. Time2Vec-like waves of log2 of the distance."""
+    """phi (B, new, 8) of the last `new` positions of ids (B, T): for each token how often it occurred before
+    in its own window and how long ago; from the past alone. Time2Vec-like waves of log2 of the distance."""
     i = torch.arange(ids.shape[1] - new, ids.shape[1], device=ids.device)
     j = torch.arange(ids.shape[1], device=ids.device)
     same = (ids[:, -new:, None] == ids[:, None]) & (j < i[:, None])  # (B, new, T)
@@ -228,13 +240,14 @@ def recency(ids, new):
     distance = u * torch.log2(1 + (i - last).float()) / 10
     wave = 2 * math.pi * distance
     place = (torch.log2(1 + i.float()) / 10).expand_as(u)
-    return torch.stack([u, distance, u * wave.sin(), u * wave.cos(), u * (2 * wave).sin(), u * (2 * wave).cos(),
+    return torch.stack([u, distance, u * wave.sin(), u * wave.cos(), u * (2 * wave).sin(),
+                        u * (2 * wave).cos(),
                         torch.log2(1 + count.float()) / 10, place], -1)
 
 
 class Temporal(nn.Module):
-    """Stage 1: what a token means depends on when it was last seen. Table and W_phi start at zero, so the switch
-    changes nothing; W_tmp does not, or two zero factors would never move."""
+    """Stage 1: what a token means depends on when it was last seen. Table and W_phi start at zero, so the
+    switch changes nothing; W_tmp does not, or two zero factors would never move."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -250,9 +263,10 @@ EDGES = "none window fibonacci semantic successor".split()  # edge types of the 
 
 
 def edges(u, new):
-    """Stage 3: the types (B, new, T) uint8 of the edges of the last `new` positions i to all j <= i, from unit
-    vectors u (B, T, k); first match wins. 1 the last GRAPH_WINDOW positions and itself; 2 Fibonacci distances;
-    3 the GRAPH_K most similar earlier positions; 4 what FOLLOWED the GRAPH_K most similar positions."""
+    """Stage 3: the types (B, new, T) uint8 of the edges of the last `new` positions i to all j <= i, from
+    unit vectors u (B, T, k); first match wins. 1 the last GRAPH_WINDOW positions and itself; 2 Fibonacci
+    distances; 3 the GRAPH_K most similar earlier positions; 4 what FOLLOWED the GRAPH_K most similar
+    positions."""
     T = u.shape[1]
     back = torch.arange(T - new, T, device=u.device)[:, None] - torch.arange(T, device=u.device)
     # equal tokens have cosine 1: the nearest wins, the same one with and without a cache
@@ -274,7 +288,8 @@ def edges(u, new):
 
 
 class Block(nn.Module):
-    """x + attention, x + MLP. From the second layer on, values are mixed with the first layer's (Zhou 2024)."""
+    """x + attention, x + MLP. From the second layer on, values are mixed with the first layer's (Zhou
+    2024)."""
 
     def __init__(self, hidden, first, routed):
         super().__init__()
@@ -287,20 +302,22 @@ class Block(nn.Module):
 
     def bias(self, mask, kinds, pressure):
         """What routed heads add to their scores, (B, H/2, Nq, Nk): beta[head, type] on an edge, - pressure
-        elsewhere, and from pressure 30 on -inf. |q.k|/sqrt(d) is bounded by QK-norm, so that this last switch is
-        invisible. mask (Nq, Nk) bool, kinds (B, Nq, Nk) edge types."""
+        elsewhere, and from pressure 30 on -inf. |q.k|/sqrt(d) is bounded by QK-norm, so that this last switch
+        is invisible. mask (Nq, Nk) bool, kinds (B, Nq, Nk) edge types."""
         table = torch.cat([self.beta.new_full((len(self.beta), 1), -pressure), self.beta], 1)
         bias = (F.one_hot(kinds.long(), len(EDGES)).to(table) @ table.T).movedim(-1, 1)
         seen = mask & (kinds > 0)[:, None] if pressure >= 30 else mask
         return bias.masked_fill(~seen, -math.inf)
 
     def attention(self, q, k, v, mask, kinds, pressure):
-        """(B, H, Nq, head_dim). With a graph the first half of the heads see its edges, the rest everything."""
+        """(B, H, Nq, head_dim). With a graph the first half of the heads see its edges, the rest
+        everything."""
         if kinds is None:
             return attend(q, k, v, mask)
         n = len(self.beta)
         bias = self.bias(mask, kinds, pressure).to(q.dtype)
-        return torch.cat([attend(q[:, :n], k[:, :n], v[:, :n], bias), attend(q[:, n:], k[:, n:], v[:, n:], mask)], 1)
+        return torch.cat([attend(q[:, :n], k[:, :n], v[:, :n], bias),
+                          attend(q[:, n:], k[:, n:], v[:, n:], mask)], 1)
 
     def forward(self, x, turn, mask, v_1=None, kinds=None, pressure=0.0, cache=None):
         """x (B, n, DIM), mask (n, T) bool. Returns x and the first layer's values."""
@@ -330,7 +347,8 @@ class LM(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Matrices 1/sqrt(inputs); the last one of every branch and the head zero, so the first loss is ln V."""
+        """Matrices 1/sqrt(inputs); the last one of every branch and the head zero, so the first loss is ln
+        V."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, std=m.in_features**-0.5)
@@ -345,8 +363,8 @@ class LM(nn.Module):
             nn.init.zeros_(self.temporal.table.weight), nn.init.zeros_(self.temporal.phi.weight)
 
     def forward(self, ids, targets=None, memory=None):
-        """Logits (B, T, V); or with targets (B, T) the mean loss. memory: a Memory of what came before ids; then
-        the logits are those of the new positions alone."""
+        """Logits (B, T, V); or with targets (B, T) the mean loss. memory: a Memory of what came before ids;
+        then the logits are those of the new positions alone."""
         new = ids.shape[1]
         if memory is not None:
             ids = memory.extend(ids)
@@ -375,9 +393,9 @@ def soft_cap(logits):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of soft_cap(x W^T), a few rows at a time, with its gradient on the way: the logits of the
-    whole batch, the largest tensor of a small model by far, never exist. x (B, T, DIM), weight (V, DIM), targets
-    (B, T)."""
+    """Mean cross-entropy of soft_cap(x W^T), a few rows at a time, with its gradient on the way: the logits
+    of the whole batch, the largest tensor of a small model by far, never exist. x (B, T, DIM), weight (V,
+    DIM), targets (B, T)."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
@@ -466,8 +484,8 @@ def gram_penalty(mu):
 
 
 def orthogonalise(g, steps=5):
-    """The nearest matrix with all singular values near one, for a stack g (n, rows, columns): five rounds of the
-    quintic Newton-Schulz iteration (Jordan 2024). fp32 where the hardware has no bf16 products."""
+    """The nearest matrix with all singular values near one, for a stack g (n, rows, columns): five rounds of
+    the quintic Newton-Schulz iteration (Jordan 2024). fp32 where the hardware has no bf16 products."""
     x = g.to(torch.bfloat16) if torch.is_autocast_enabled(g.device.type) else g
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -479,9 +497,9 @@ def orthogonalise(g, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan 2024): w <- w (1 - lr wd) - lr sqrt(max(1, rows/columns)) O, where O is
-    the orthogonalised Nesterov momentum. All matrices of one shape in one batched product, in whatever group
-    they are; torch.optim.Muon takes them one by one."""
+    """Momentum, orthogonalised (Jordan 2024): w <- w (1 - lr wd) - lr sqrt(max(1, rows/columns)) O, where O
+    is the orthogonalised Nesterov momentum. All matrices of one shape in one batched product, in whatever
+    group they are; torch.optim.Muon takes them one by one."""
 
     def __init__(self, groups, weight_decay, momentum=0.95):
         super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
@@ -504,14 +522,16 @@ class Muon(torch.optim.Optimizer):
 
 class Optimizers:
     """Muon for the matrices inside, AdamW for embeddings, head and scalars, behind one step(). Groups are the
-    leaves of K-1's tree; each knows its ratio to LR. State by parameter name, so that a stage can inherit it."""
+    leaves of K-1's tree; each knows its ratio to LR. State by parameter name, so that a stage can inherit
+    it."""
 
     def __init__(self, model):
         self.names = dict(model.named_parameters())
         muon, adam = {}, {}
         for name, p in self.names.items():
             leaf = leaf_of(name)
-            inside = p.ndim == 2 and leaf.startswith("blocks") and not name.endswith("beta") or name == "embed.join.weight"
+            matrix = p.ndim == 2 and leaf.startswith("blocks") and not name.endswith("beta")
+            inside = matrix or name == "embed.join.weight"
             if inside and OPT == "muon":
                 muon.setdefault((leaf, 1.0), []).append(p)
             else:
@@ -521,7 +541,8 @@ class Optimizers:
         self.parts = [torch.optim.AdamW([dict(params=p, leaf=k[0], ratio=k[1], weight_decay=k[2])
                                          for k, p in adam.items()], 0.0, (0.8, 0.95), 1e-10, fused=True)]
         if muon:
-            self.parts.append(Muon([dict(params=p, leaf=k[0], ratio=k[1]) for k, p in muon.items()], WEIGHT_DECAY))
+            self.parts.append(Muon([dict(params=p, leaf=k[0], ratio=k[1]) for k, p in muon.items()],
+                                   WEIGHT_DECAY))
 
     @property
     def param_groups(self):
@@ -536,18 +557,18 @@ class Optimizers:
             part.zero_grad(set_to_none)
 
     def state_dict(self):
-        return {name: dict(part.state[p]) for part in self.parts for name, p in self.names.items() if p in part.state}
+        return {name: dict(part.state[p]) for part in self.parts for name,
+                p in self.names.items() if p in part.state}
 
     def load_state_dict(self, state):
         """Parameters without a saved state start afresh; a state of another shape is a ValueError."""
-        for part in self.parts:
-            mine = {p for group in part.param_groups for p in group["params"]}
-            for name, p in self.names.items():
-                if p in mine and name in state:
-                    for key, value in state[name].items():
-                        if value.ndim and value.shape != p.shape:
-                            raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {tuple(p.shape)}")
-                    part.state[p] = {k: v.to(p.device).clone() for k, v in state[name].items()}
+        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for name in self.names.keys() & state.keys():
+            p = self.names[name]
+            for key, value in state[name].items():
+                if value.ndim and value.shape != p.shape:
+                    raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {tuple(p.shape)}")
+            owner[p].state[p] = {k: v.to(p.device).clone() for k, v in state[name].items()}
 
 
 def leaf_of(name):
@@ -562,10 +583,10 @@ class Credit:
     """
     Stage 2, K-1: hierarchical credit, on the UPDATES (scaled gradients would be undone by Adam and Muon).
 
-    Leaf score s = sum |grad| (|w| + 0.02), averaged over time; an inner node sums its children; going down the
-    tree root > {embed, blocks, head}, blocks > layer > {attn, mlp} credit divides as S^(1/kappa), so that it
-    sums to one. Density = credit / share of the parameters; multiplier = clip(z density^alpha, 0.1, 3) with z
-    such that their parameter-weighted mean is 1: no hidden change of the learning rate.
+    Leaf score s = sum |grad| (|w| + 0.02), averaged over time; an inner node sums its children; going down
+    the tree root > {embed, blocks, head}, blocks > layer > {attn, mlp} credit divides as S^(1/kappa), so that
+    it sums to one. Density = credit / share of the parameters; multiplier = clip(z density^alpha, 0.1, 3)
+    with z such that their parameter-weighted mean is 1: no hidden change of the learning rate.
     """
 
     def __init__(self, model):
@@ -632,7 +653,8 @@ def set_rates(optimizer, credit, step, total, scale=1.0):
     r = min(1.0, max(0.0, (step - K1_DELAY) / max(1, K1_DELAY))) if stage_number() >= 2 else 0.0
     m = credit.multipliers() if r > 0 else {}
     for group in optimizer.param_groups:
-        group["lr"] = LR * group["ratio"] * rate(step, total) * scale * (1 + r * (m.get(group["leaf"], 1.0) - 1))
+        group["lr"] = LR * group["ratio"] * rate(step,
+                                                 total) * scale * (1 + r * (m.get(group["leaf"], 1.0) - 1))
     return LR * rate(step, total) * scale
 
 
@@ -671,14 +693,15 @@ def check_parent(parent, data):
         fail(f"INIT_FROM: {'the control' if before < 0 else f'stage {before}'} cannot become "
              f"{'the control' if stage < 0 else f'stage {stage}'}; a stage grows from one at or below it")
     if parent["vocabulary"] != data.V or parent["tokenizer"] != data.tokenizer.state():
-        fail(f"INIT_FROM: the checkpoint has {parent['vocabulary']} tokens of {parent['settings']['TOKENIZER']} "
-             f"(VOCAB={parent['settings']['VOCAB']}), this run {data.V} of {TOKENIZER}; they must be the same")
+        fail(f"INIT_FROM: the checkpoint has a vocabulary of {parent['vocabulary']} tokens "
+             f"({parent['settings']['TOKENIZER']}), this run another one of {data.V} ({TOKENIZER}); give the "
+             "DATA, TOKENIZER and VOCAB of the checkpoint")
 
 
 # ---------------------------------------------------------------- sampling
 def choose(logits, before, generator, temperature=None):
-    """One token a row from logits (B, V), given the tokens before (B, n): repetition penalty (Keskar 2019) over
-    the last 64, temperature, top-k, top-p (Holtzman 2020), min-p (2407.01082), then a draw."""
+    """One token a row from logits (B, V), given the tokens before (B, n): repetition penalty (Keskar 2019)
+    over the last 64, temperature, top-k, top-p (Holtzman 2020), min-p (2407.01082), then a draw."""
     temperature = TEMPERATURE if temperature is None else temperature
     z = logits.float().cpu().clone()
     if REP_PENALTY != 1 and before.shape[1]:
@@ -706,8 +729,8 @@ def sample(model, prompt, length, seed, end=None, cached=True, temperature=None,
     end     token id at which a row stops (end of text); None = never
     cached  keep keys and values; False computes the whole window for every token (slow, equal)
     stream  called with the tokens (B,) as they come
-    Returns ids (B, P + n), n <= length; after `end` a row is filled with it. A full window goes on from its last
-    half. Raises ValueError for a prompt that is empty or longer than the context.
+    Returns ids (B, P + n), n <= length; after `end` a row is filled with it. A full window goes on from its
+    last half. Raises ValueError for a prompt that is empty or longer than the context.
     """
     if not 1 <= prompt.shape[1] <= CONTEXT:
         raise ValueError(f"a prompt of {prompt.shape[1]} tokens: 1 to CONTEXT={CONTEXT} fit")
@@ -751,8 +774,8 @@ def awake(model):
 @torch.no_grad()
 def leak(model, ids, places=(1, 3, 7, 15, 31, 32)):
     """
-    Does anything look ahead? Tokens from position p on are replaced; nothing before p may change.
-    Returns (largest change of a logit before p, over all p and ids (B, T); name of the first module whose output
+    Does anything look ahead? Tokens from position p on are replaced; nothing before p may change. Returns
+    (largest change of a logit before p, over all p and ids (B, T); name of the first module whose output
     changed, or "" when nothing did). `edges` and `recency` are named too: a leak through the choice of edges
     leaves no gradient.
     """
@@ -780,12 +803,13 @@ def leak(model, ids, places=(1, 3, 7, 15, 31, 32)):
         logits, before = run(ids)
         for p in (*(p for p in places if p < ids.shape[1]), ids.shape[1] - 1):
             other = ids.clone()
-            other[:, p:] = (ids[:, p:] + 1 + torch.arange(ids.shape[1] - p, device=ids.device) % 7) % model.vocabulary
-            changed, after = run(other)
-            worst = max(worst, float((changed - logits)[:, :p].abs().max()))
+            shift = 1 + torch.arange(ids.shape[1] - p, device=ids.device) % 7
+            other[:, p:] = (ids[:, p:] + shift) % model.vocabulary
+            moved, after = run(other)
+            worst = max(worst, float((moved - logits)[:, :p].abs().max()))
             for (name, a), (_, b) in zip(before, after):
-                if not culprit and a.ndim == 3 and a.shape[:2] == ids.shape and (a - b)[:, :p].abs().max() > 1e-5:
-                    culprit = name
+                if not culprit and a.ndim == 3 and a.shape[:2] == ids.shape:
+                    culprit = name if (a - b)[:, :p].abs().max() > 1e-5 else ""
     finally:
         for hook in hooks:
             hook.remove()
@@ -794,19 +818,21 @@ def leak(model, ids, places=(1, 3, 7, 15, 31, 32)):
 
 @torch.no_grad()
 def score(model, tokens, stride, batch=32):
-    """nats (N - 1,) of the targets tokens[1:], each exactly once, and their positions in the window that scored
-    them (N - 1,). Windows of CONTEXT every `stride` tokens; a window scores what none before it did, so stride =
-    CONTEXT/2 gives every target at least half a window of context (but the first)."""
+    """nats (N - 1,) of the targets tokens[1:], each exactly once, and their positions in the window that
+    scored them (N - 1,). Windows of CONTEXT every `stride` tokens; a window scores what none before it did,
+    so stride = CONTEXT/2 gives every target at least half a window of context (but the first)."""
     device = next(model.parameters()).device
     N, nats, place = len(tokens), np.zeros(len(tokens) - 1), np.zeros(len(tokens) - 1, np.int64)
     starts = [*range(0, N - 1 - CONTEXT, stride), N - 1 - CONTEXT]  # the last one ends with the text
     done = 0
     for i in range(0, len(starts), batch):
         some = starts[i:i + batch]
-        ids = torch.from_numpy(np.stack([tokens[s:s + CONTEXT + 1] for s in some]).astype(np.int64)).to(device)
+        ids = torch.from_numpy(np.stack([tokens[s:s + CONTEXT + 1]
+                                         for s in some]).astype(np.int64)).to(device)
         with autocast(device):
             logits = model(ids[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(some), -1)
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(some),
+                                                                                                  -1)
         for s, row in zip(some, loss.double().cpu().numpy()):
             nats[done:s + CONTEXT] = row[done - s:]
             place[done:s + CONTEXT] = np.arange(done - s, CONTEXT)
@@ -815,19 +841,20 @@ def score(model, tokens, stride, batch=32):
 
 
 def units(nats, targets, tokenizer, documents):
-    """Sums over targets other than end-of-text, which has no bytes: dict of nats a token, bits a byte, token and
-    word perplexity. Words are the blanks' and one for every end of line, as published for WikiText-2."""
+    """Sums over targets other than end-of-text, which has no bytes: dict of nats a token, bits a byte, token
+    and word perplexity. Words are the blanks' and one for every end of line, as published for WikiText-2."""
     lengths = tokenizer.byte_lengths[targets]
     real, words = lengths > 0, sum(text.word_count(d) for d in documents)
     total = float(nats[real].sum())
     return dict(nats=total / int(real.sum()), bits_per_byte=total / math.log(2) / int(lengths.sum()),
-                token_ppl=math.exp(min(700, total / int(real.sum()))), word_ppl=math.exp(min(700, total / words)))
+                token_ppl=math.exp(min(700, total / int(real.sum()))),
+                word_ppl=math.exp(min(700, total / words)))
 
 
 def forecast(history):
-    """Optimizer step at which the validation loss is expected to turn: the training loss falls as a - b log(step)
-    and the gap to validation grows as c + d step, so their sum is least at b/d. nan before it can be said.
-    history: rows of (step, train nats, val nats)."""
+    """Optimizer step at which the validation loss is expected to turn: the training loss falls as a - b
+    log(step) and the gap to validation grows as c + d step, so their sum is least at b/d. nan before it can
+    be said. history: rows of (step, train nats, val nats)."""
     rows = np.array([row for row in history if row[0] > 0 and math.isfinite(row[1])])
     if len(rows) < 3:
         return math.nan
@@ -837,8 +864,8 @@ def forecast(history):
 
 
 def continuations(model, data, count, seed):
-    """Texts that continue held-out pieces, and human ones of the same number and length: what the quality card
-    compares. Returns (samples, prompts, human)."""
+    """Texts that continue held-out pieces, and human ones of the same number and length: what the quality
+    card compares. Returns (samples, prompts, human)."""
     tokenizer, ids = data.tokenizer, data.val
     g = generator_of(seed, "quality")
     width = min(16, CONTEXT)
@@ -856,7 +883,8 @@ def continuations(model, data, count, seed):
 
 
 def reference(data):
-    """What every report stands beside: floors of the validation split, lexicon, n-gram, all from the train split."""
+    """What every report stands beside: floors of the validation split, lexicon, n-gram, all from the train
+    split."""
     found = text.floors(data.corpus.train, data.corpus.val, Path(OUT) / "cache")
     train = text.joined(data.corpus.train)
     return SimpleNamespace(floors=found, index=text.Index(data.corpus.train),
@@ -864,14 +892,13 @@ def reference(data):
 
 
 def evaluate(model, data, ref, so_far):
-    """Every number of a report beside its floor and, where it exists, what human text gets. so_far: what report()
-    is given. Returns (metrics, arrays for the pictures). Exits when the model sees the future: its perplexity
-    would mean nothing."""
-    ids = torch.from_numpy(data.val[:4 * CONTEXT].astype(np.int64)).view(4, CONTEXT).to(next(model.parameters()).device)
-    change, culprit = leak(awake(model), ids)
+    """Every number of a report beside its floor and, where it exists, what human text gets. so_far: what
+    report() is given. Returns (metrics, arrays for the pictures). Exits when the model sees the future: its
+    perplexity would mean nothing."""
+    change, culprit = leak(awake(model), first_windows(data, next(model.parameters()).device))
     if change > 1e-4 and not OVERRULE:
-        fail(f"the model sees the future: changed tokens move earlier logits by {change:.2g}, first in {culprit}; "
-             "no perplexity is reported")
+        fail(f"the model sees the future: changed tokens move earlier logits by {change:.2g}, first in "
+             f"{culprit}; no perplexity is reported")
     nats, place = score(model, data.val, CONTEXT)
     unit = units(nats, data.val[1:], data.tokenizer, data.corpus.val)
     floors, n = ref.floors, int(sum(len(text.text_bytes(d)) for d in data.corpus.val))
@@ -913,18 +940,21 @@ def summary(metrics):
     beside = "".join(f", {name} {m[f'{name}_bits_per_byte']:.3f}" for name in ("ngram", "bz2", "xz"))
     control = f", control {m['control_bits_per_byte']:.3f}" if m["control_bits_per_byte"] is not None else ""
     return (f"bits/byte {m['bits_per_byte']:.3f} ({beside[2:]}{control}), token ppl {m['token_ppl']:.1f}, "
-            f"word ppl {m['word_ppl']:.0f}, distinct-2 {m['distinct_2']:.2f}, real words {m['real_words']:.2f}")
+            f"word ppl {m['word_ppl']:.0f}, distinct-2 {m['distinct_2']:.2f}, "
+            f"real words {m['real_words']:.2f}")
 
 
 def report(folder, model, data, ref, so_far, board=None):
     """
-    Every number, picture and array of one epoch folder; returns the metrics. so_far says where the run is: step,
-    train_loss (nats, lately), history (rows of step, train nats, val nats), speed (tokens a second), control (its
-    bits a byte or None), last (the run's last report), credit (rows of K-1), log (path of log.csv).
+    Every number, picture and array of one epoch folder; returns the metrics. so_far says where the run is:
+    step, train_loss (nats, lately), history (rows of step, train nats, val nats), speed (tokens a second),
+    control (its bits a byte or None), last (the run's last report), credit (rows of K-1), log (path of
+    log.csv).
     """
     metrics, arrays = evaluate(model, data, ref, so_far)
     folder.mkdir(parents=True, exist_ok=True)
-    history = np.array([*so_far.history, [so_far.step, so_far.train_loss, metrics["val_loss"]["value"]]], float)
+    history = np.array([*so_far.history, [so_far.step, so_far.train_loss, metrics["val_loss"]["value"]]],
+                       float)
     draw_loss(folder, history, metrics, data, so_far)
     draw_floors(folder, metrics)
     draw_positions(folder, arrays, data)
@@ -950,28 +980,36 @@ def report(folder, model, data, ref, so_far, board=None):
 # ---------------------------------------------------------------- pictures
 def label(token):
     """How a token is written in a picture."""
-    return token.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u2423").replace("$", r"\$")
+    for sign, written in (("\n", "\\n"), ("\t", "\\t"), (" ", "\u2423"), ("$", r"\$")):
+        token = token.replace(sign, written)
+    return token or "(end)"
 
 
-def bits_of(nats, data):
-    """Nats a token -> bits a byte, by the bytes a token has in the validation text."""
-    return nats / math.log(2) / max(1e-9, float(data.tokenizer.byte_lengths[data.val].mean()))
+def bits_of(nats, data, split):
+    """Nats a token -> bits a byte, by the bytes a token has in that split on average."""
+    return nats / math.log(2) / max(1e-9, float(data.tokenizer.byte_lengths[getattr(data, split)].mean()))
+
+
+def frequent_tokens(data, count):
+    """Ids of the most frequent tokens of the validation split, most frequent first."""
+    return np.argsort(-np.bincount(np.asarray(data.val, dtype=np.int64), minlength=data.V))[:count]
 
 
 def draw_loss(folder, history, metrics, data, so_far):
-    """Training and validation loss in bits a byte, with the floors as lines. history.npy: step, train nats, val
-    nats, val bits a byte, learning rate, ms a step."""
+    """Training and validation loss in bits a byte, with the floors as lines. history.npy: step, train nats,
+    val nats, val bits a byte, learning rate, ms a step."""
     log = common.read_log(so_far.log) if so_far.log is not None and so_far.log.exists() else None
     figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     rows = np.full((len(history), 6), np.nan)
-    rows[:, :3], rows[:, 3] = history, bits_of(history[:, 2], data)
+    rows[:, :3], rows[:, 3] = history, bits_of(history[:, 2], data, "val")
     rows[-1, 3] = metrics["bits_per_byte"]["value"]
     if log is not None and len(log["step"]) > 1:
         n = max(1, len(log["step"]) // 60)
         smooth = np.convolve(log["loss"], np.ones(n) / n, "valid")
-        ax.plot(log["step"][n - 1:], bits_of(smooth, data), color="0.6", lw=1, label=f"train, mean of {n} steps")
+        ax.plot(log["step"][n - 1:], bits_of(smooth, data, "train"), color="0.6", lw=1,
+                label=f"train, mean of {n} steps")
         place = np.searchsorted(log["step"], history[:, 0]).clip(0, len(log["step"]) - 1)
-        rows[:, 4], rows[:, 5] = log["lr"][place], 1000 * log["seconds"][place] / np.maximum(1, log["step"][place])
+        rows[:, 4], rows[:, 5] = log["lr"][place], 1000 * log["seconds"][place] / log["step"][place]
     ax.plot(rows[:, 0], rows[:, 3], "o-", color="C3", ms=4, label="validation")
     for name, style in (("unigram", ":"), ("ngram", "--"), ("bz2", "-."), ("xz", "-")):
         value = metrics[f"{name}_bits_per_byte"]["value"]
@@ -1022,7 +1060,8 @@ def draw_quality(folder, arrays):
     ax.barh(y - 0.2, np.abs(table[:, 0]) / scale, 0.4, label="model", color="C3")
     ax.barh(y + 0.2, np.abs(table[:, 1]) / scale, 0.4, label="held-out human text", color="0.6")
     for i, (mine, human) in enumerate(table):
-        ax.text(1.02, i, f"{mine:.3g}   human {human:.3g}" if human == human else f"{mine:.3g}", va="center", size=8)
+        ax.text(1.02, i, f"{mine:.3g}   human {human:.3g}" if human == human else f"{mine:.3g}", va="center",
+                size=8)
     ax.set_yticks(y, names)
     ax.invert_yaxis()
     ax.set(xlim=(0, 1.45), xticks=[], title="quality card: the nearer to human text, the better")
@@ -1040,13 +1079,14 @@ def surprisal(model, ids):
 
 
 def draw_samples(folder, model, data, ref):
-    """samples.txt (greedy and drawn continuations of PROMPTS), samples.npy (their ids, padded with end of text),
-    samples.html: each token coloured by how surprising the model found it."""
+    """samples.txt (greedy and drawn continuations of PROMPTS), samples.npy (their ids, padded with end of
+    text), samples.html: each token coloured by how surprising the model found it."""
     tokenizer, rows, lines, html = data.tokenizer, [], [], []
     for k, prompt in enumerate(PROMPTS):
         ids = torch.tensor([tokenizer.encode(prompt)[-CONTEXT:]])
         for temperature in (0.0, TEMPERATURE):
-            out = sample(model, ids, LENGTH, seed_of(SEED, "samples", k), tokenizer.end, temperature=temperature)[0].cpu()
+            out = sample(model, ids, LENGTH, seed_of(SEED, "samples", k), tokenizer.end,
+                         temperature=temperature)[0].cpu()
             written = tokenizer.decode([i for i in out.tolist() if i != tokenizer.end])
             lines.append(f"--- temperature {temperature:g}\n{written}\n")
             rows.append(out.numpy())
@@ -1074,17 +1114,19 @@ def principal(x, k=2):
 @torch.no_grad()
 def draw_embeddings(folder, model, data, count=150):
     """The most frequent tokens as the network sees them at its entrance, on their two main axes."""
-    frequent = np.argsort(-np.bincount(np.asarray(data.val, dtype=np.int64), minlength=data.V))[:count]
+    frequent = frequent_tokens(data, count)
     ids = torch.from_numpy(frequent)[None].to(next(model.parameters()).device)
     vectors = rms(model.embed(ids))[0].float().cpu().numpy()
     xy = principal(vectors)
     figure, ax = plt.subplots(figsize=(8, 8), layout="constrained")
     for (x, y), token in zip(xy, frequent):
         word = data.tokenizer.decode([int(token)])
-        kind = "C0" if word.strip().isalpha() else "C1" if word.strip().isdigit() else "C2" if word.strip() else "C3"
-        ax.text(x, y, label(word) or "(end)", fontsize=7, color=kind, ha="center", va="center")
-    ax.set(xlim=(xy[:, 0].min() - .3, xy[:, 0].max() + .3), ylim=(xy[:, 1].min() - .3, xy[:, 1].max() + .3), xticks=[],
-           yticks=[], title=f"embeddings of the {len(xy)} most frequent tokens: letters, digits, signs, blanks")
+        bare = word.strip()
+        colour = "C0" if bare.isalpha() else "C1" if bare.isdigit() else "C2" if bare else "C3"
+        ax.text(x, y, label(word), fontsize=7, color=colour, ha="center", va="center")
+    low, high = xy.min(0) - 0.3, xy.max(0) + 0.3
+    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[],
+           title=f"embeddings of the {len(xy)} most frequent tokens: letters, digits, signs, blanks")
     save_artifact(folder, "embeddings", vectors, figure)
 
 
@@ -1092,7 +1134,8 @@ def draw_embeddings(folder, model, data, count=150):
 def block_cosines(mu):
     """(16, 16) mean cosine of the blocks of a token over the vocabulary, and their effective rank: exp of the
     entropy of the Gram matrix's eigenvalues, 16 when all blocks say different things."""
-    unit = F.normalize(mu.blocks(torch.arange(mu.table.num_embeddings, device=mu.table.weight.device)[None])[0], dim=-1)
+    unit = F.normalize(mu.blocks(torch.arange(mu.table.num_embeddings,
+                                              device=mu.table.weight.device)[None])[0], dim=-1)
     gram = torch.einsum("vnk,vmk->nm", unit, unit).cpu().double() / len(unit)
     share = torch.linalg.eigvalsh(gram).clamp(min=1e-12) / 16
     return gram.numpy(), float((-(share * share.log()).sum()).exp())
@@ -1103,14 +1146,17 @@ def draw_mu(folder, model, data, count=40):
     """Do the 16 blocks say different things, and which tokens open which gates?"""
     gram, rank = block_cosines(model.embed)
     gate = model.embed.gate.weight.sigmoid().float().cpu().numpy()
-    frequent = np.argsort(-np.bincount(np.asarray(data.val, dtype=np.int64), minlength=data.V))[:count]
+    frequent = frequent_tokens(data, count)
     off = np.abs(gram - np.diag(np.diag(gram))).max()
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", width_ratios=(1, 1.15))
     axes[0].imshow(gram, cmap="RdBu_r", vmin=-1, vmax=1)
-    axes[0].set_title(f"cosine of blocks: largest off the diagonal {off:.2f}, effective rank {rank:.1f} of 16", size=9)
-    shown = axes[1].imshow(gate[frequent].T, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes[0].set_title(f"cosine of blocks: up to {off:.2f} off the diagonal, effective rank {rank:.1f} of 16",
+                      size=9)
+    shown = axes[1].imshow(gate[frequent].T, cmap="viridis", vmin=0, vmax=1, aspect="auto",
+                           interpolation="nearest")
     axes[1].set_title("gates of the most frequent tokens", size=9)
-    axes[1].set_xticks(range(len(frequent)), [label(data.tokenizer.decode([int(i)])) or "(end)" for i in frequent],
+    axes[1].set_xticks(range(len(frequent)),
+                       [label(data.tokenizer.decode([int(i)])) for i in frequent],
                        rotation=90, size=6)
     axes[0].set_xticks(range(16), MU.names, size=7)
     for ax in axes:
@@ -1152,15 +1198,18 @@ def draw_temporal(folder, model, data, arrays):
 
 
 def draw_credit(folder, credit, leaves):
-    """K-1 over the run: share of the credit and the factor of the learning rate, a row for each leaf. credit.npy and
-    multiplier.npy: (looks, leaves); credit.txt: the last look as a table."""
+    """K-1 over the run: share of the credit and the factor of the learning rate, a row for each leaf.
+    credit.npy and multiplier.npy: (looks, leaves); credit.txt: the last look as a table."""
     table = np.array(credit, float)
     shares, factors = table[:, 1:1 + len(leaves)], table[:, 1 + len(leaves):]
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     for ax, values, name, limits in ((axes[0], shares, "credit", (0, shares.max())),
-                                     (axes[1], np.log2(factors), "log2 of the learning rate's factor", (-2, 2))):
-        shown = ax.imshow(values.T, aspect="auto", cmap="viridis" if name == "credit" else "RdBu_r", vmin=limits[0],
-                          vmax=limits[1], interpolation="nearest", extent=(0, table[-1, 0], len(leaves) - .5, -.5))
+                                     (axes[1], np.log2(factors), "log2 of the learning rate's factor",
+                                      (-2, 2))):
+        shown = ax.imshow(values.T, aspect="auto", cmap="viridis" if name == "credit" else "RdBu_r",
+                          vmin=limits[0],
+                          vmax=limits[1], interpolation="nearest",
+                          extent=(0, table[-1, 0], len(leaves) - .5, -.5))
         ax.set(xlabel="optimizer step", title=name)
         ax.set_yticks(range(len(leaves)), leaves, size=7)
         figure.colorbar(shown, ax=ax)
@@ -1172,7 +1221,8 @@ def draw_credit(folder, credit, leaves):
 
 @torch.no_grad()
 def attention_mass(model, ids):
-    """Where routed heads look: share of their attention by edge type, (DEPTH, H/2, 5), mean over positions."""
+    """Where routed heads look: share of their attention by edge type, (DEPTH, H/2, 5), mean over
+    positions."""
     found, hooks = [], []
 
     def look(block, inputs):
@@ -1199,19 +1249,20 @@ def draw_graph(folder, model, data, count=48):
     ids = torch.from_numpy(np.asarray(data.val[:CONTEXT]).astype(np.int64))[None].to(device)
     kinds = edges(model.embed.key(ids), CONTEXT)[0].cpu().numpy()
     mass, n = attention_mass(model, ids), min(count, CONTEXT)
-    names = [label(data.tokenizer.decode([i])) or "(end)" for i in ids[0, :n].tolist()]
+    names = [label(data.tokenizer.decode([i])) for i in ids[0, :n].tolist()]
     colours = plt.matplotlib.colors.ListedColormap(["white", "0.75", "C0", "C3", "C2"])
     figure, axes = plt.subplots(1, 2, figsize=(13, 7.4), layout="constrained", width_ratios=(1.25, 1))
     axes[0].imshow(kinds[:n, :n], cmap=colours, vmin=-0.5, vmax=4.5, interpolation="nearest")
     axes[0].set_xticks(range(n), names, rotation=90, size=6)
     axes[0].set_yticks(range(n), names, size=6)
     share = np.bincount(kinds.ravel(), minlength=5)[1:] / kinds.shape[0]
-    axes[0].set_title("a row may look at: " + ", ".join(f"{name} {s:.1f}" for name, s in zip(EDGES[1:], share))
-                      + " edges a token", size=9)
+    kind = ", ".join(f"{name} {s:.1f}" for name, s in zip(EDGES[1:], share))
+    axes[0].set_title(f"a row may look at: {kind} edges a token", size=9)
     table = mass.reshape(-1, len(EDGES))
     left = np.zeros(len(table))
     for kind, colour in enumerate(("0.95", "0.75", "C0", "C3", "C2")):
-        axes[1].barh(range(len(table)), table[:, kind], left=left, color=colour, label=EDGES[kind], edgecolor="k", lw=.2)
+        axes[1].barh(range(len(table)), table[:, kind], left=left, color=colour, label=EDGES[kind],
+                     edgecolor="k", lw=.2)
         left += table[:, kind]
     axes[1].set_yticks(range(len(table)), [f"layer {i // mass.shape[1]} head {i % mass.shape[1]}"
                                            for i in range(len(table))], size=7)
@@ -1225,8 +1276,8 @@ def draw_graph(folder, model, data, count=48):
 
 # ---------------------------------------------------------------- pre-flight
 @contextlib.contextmanager
-def shrunk(**values):
-    """Other settings for a while, e.g. a network small enough to train in seconds."""
+def changed(**values):
+    """Other settings for a while, e.g. for a network small enough to train in seconds."""
     before = {k: globals()[k] for k in values}
     globals().update(values)
     try:
@@ -1237,7 +1288,8 @@ def shrunk(**values):
 
 def quick_training(batch, steps, vocabulary, width=32, depth=2, heads=2, rate_of=0.02):
     """Losses of a small copy of STAGE trained for `steps`; batch(step) gives ids (B, T + 1)."""
-    with shrunk(DIM=width, MU_DIM=width, HEADS=heads, DEPTH=depth, DROPOUT=0.0, LR=rate_of, WARMUP=5, GRAPH_RAMP=0.3,
+    with changed(DIM=width, MU_DIM=width, HEADS=heads, DEPTH=depth, DROPOUT=0.0, LR=rate_of, WARMUP=5,
+                GRAPH_RAMP=0.3,
                 K1_DELAY=20, CONTEXT=batch(0).shape[1] - 1, MATCH=min(MATCH, max(0, stage_number()))):
         model = build_model(vocabulary)
         optimizer, credit, losses = Optimizers(model), Credit(model), []
@@ -1259,7 +1311,8 @@ def check_data(c):
     """1"""
     ids, V = np.concatenate([c.data.train, c.data.val]), c.data.V
     pieces = [*c.data.corpus.val[:3], "na\u00efve \U0001f642\t\r\n \u0301x", ""]
-    exact = all(c.data.tokenizer.decode_bytes(c.data.tokenizer.encode(p)) == text.text_bytes(p) for p in pieces)
+    exact = all(c.data.tokenizer.decode_bytes(c.data.tokenizer.encode(p)) == text.text_bytes(p)
+                for p in pieces)
     shifted = draw_batch(c.data, 0)[0].numpy()
     follows = any((c.data.train[i:i + CONTEXT + 1] == shifted).all()
                   for i in np.flatnonzero(c.data.train[:-CONTEXT] == shifted[0]))
@@ -1303,8 +1356,9 @@ def check_noise(c):
     period = torch.randint(64, (300, 16, 16), generator=g)
     copied = quick_training(lambda step: period[step].repeat(1, 3)[:, :33], 300, 65)[-20:]
     honest, learns = noise >= math.log(64) - 0.05, np.mean(copied) < 0.75 * math.log(64)
-    return honest and (learns or None), (f"loss on random tokens {noise:.3f} (ln 64 = {math.log(64):.3f}); on text that "
-                                         f"repeats itself {np.mean(copied):.2f}")
+    return honest and (learns or None), (
+        f"loss on random tokens {noise:.3f} (ln 64 = {math.log(64):.3f}); on text that repeats itself "
+        f"{np.mean(copied):.2f}")
 
 
 def check_order(c):
@@ -1324,7 +1378,8 @@ def check_batch(c):
         c.awake.eval()
     apart, again = float((alone - both[1:2]).abs().max()), float((twice - both).abs().max())
     return apart <= 1e-4 and again == 0 and (dropped > 0) == (DROPOUT > 0), (
-        f"a text alone or in a batch differs by {apart:.1g}, two passes by {again:.1g}; dropout changes {dropped:.1g}")
+        f"a text alone or in a batch differs by {apart:.1g}, two passes by {again:.1g}; dropout changes "
+        f"{dropped:.1g}")
 
 
 def check_memory(c):
@@ -1334,9 +1389,9 @@ def check_memory(c):
     one = quick_training(lambda step: sentence, 100, c.data.V, 64, 3)
     many = quick_training(lambda step: batch, 100, 65, 64, 3)
     first = next((i for i, loss in enumerate(many) if loss < 0.1), None)
-    return min(one[-1], many[-1]) == min(one[-1], many[-1]) and max(one[-1], many[-1]) < 0.1, (
-        f"one sentence: loss {one[0]:.2f} -> {one[50]:.2f} -> {one[-1]:.3f}; a batch: {many[0]:.2f} -> {many[-1]:.3f}"
-        + (f", below 0.1 at step {first}" if first is not None else ""))
+    return one[-1] < 0.1 and many[-1] < 0.1, (
+        f"one sentence: loss {one[0]:.2f} -> {one[50]:.2f} -> {one[-1]:.3f}; a batch: {many[0]:.2f} -> "
+        f"{many[-1]:.3f}" + (f", below 0.1 at step {first}" if first is not None else ""))
 
 
 def check_gradients(c):
@@ -1345,23 +1400,28 @@ def check_gradients(c):
     size = [math.sqrt(sum(p.grad.square().sum() for p in block.parameters() if p.grad is not None)
                       / sum(p.numel() for p in block.parameters())) for block in c.trained.blocks]
     missing = [n for n, p in c.trained.named_parameters() if p.grad is None]
-    broken = [n for n, p in c.trained.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    broken = [n for n, p in c.trained.named_parameters() if p.grad is not None
+              and not torch.isfinite(p.grad).all()]
     ratio = size[0] / max(size[-1], 1e-30)
     return not missing and not broken and 1e-3 <= ratio <= 1e3, (
         f"gradient RMS {size[0]:.1e} in the first block, {size[-1]:.1e} in the last"
-        + (f"; none in {', '.join(missing[:3])}" if missing else "") + (f"; NaN in {broken[0]}" if broken else ""))
+        + (f"; none in {', '.join(missing[:3])}" if missing else "")
+        + (f"; NaN in {broken[0]}" if broken else ""))
 
 
 def check_activations(c):
     """9"""
     rows, hooks, dead = [], [], []
+
+    def stream(module, inputs, output):
+        x = output[0]
+        rows.append([float(x.square().mean().sqrt()), float((x - x.mean()).pow(4).mean() / x.var() ** 2)])
+
+    def units(module, inputs, output):
+        dead.append(float((output.flatten(0, 1) <= 0).all(0).float().mean()))
+
     for block in c.trained.blocks:
-        def look(module, inputs, output):
-            x = output[0].detach()
-            rows.append([float(x.square().mean().sqrt()), float((x - x.mean()).pow(4).mean() / x.var() ** 2)])
-        hooks.append(block.register_forward_hook(look))
-        hooks.append(block.mlp.up.register_forward_hook(
-            lambda module, inputs, output: dead.append(float((output.flatten(0, 1) <= 0).all(0).float().mean()))))
+        hooks += [block.register_forward_hook(stream), block.mlp.up.register_forward_hook(units)]
     with torch.no_grad():
         c.trained(c.ids)
     for hook in hooks:
@@ -1405,26 +1465,30 @@ def check_graph(c):
     induction = float(step[pairs].mean()) if pairs.any() else math.nan
     isolated = int((step.sum(1) == 0).sum())
     kind = ", ".join(f"{name} {int((kinds == k + 1).sum()) / T:.1f}" for k, name in enumerate(EDGES[1:]))
-    return isolated == 0, (f"edges a token: {kind}; {100 * seen[0]:.0f} % of the past in one layer, {100 * seen[-1]:.0f} % "
-                           f"in {DEPTH}; {100 * induction:.0f} % of induction pairs; isolated {isolated}")
+    return isolated == 0, (
+        f"edges a token: {kind}; {100 * seen[0]:.0f} % of the past in one layer, {100 * seen[-1]:.0f} % in "
+        f"{DEPTH}; {100 * induction:.0f} % of induction pairs; isolated {isolated}")
 
 
 def check_capacity(c):
     """12"""
     total = sum(p.numel() for p in c.model.parameters())
-    table = sum(p.numel() for n, p in c.model.named_parameters() if n.startswith(("embed", "temporal", "head")))
+    tables = ("embed", "temporal", "head")
+    table = sum(p.numel() for n, p in c.model.named_parameters() if n.startswith(tables))
     epochs = c.total / steps_per_epoch(c.data)
     memory = total * (12 if OPT == "muon" else 16) / 2**20
     return epochs <= 4 or DROPOUT > 0 or None, (
-        f"{total:,} parameters ({100 * table / total:.0f} % tables and head), {len(c.data.train) * min(1, epochs) / total:.2f} "
-        f"different tokens each (20 is ample), {epochs:.1f} epochs planned, {memory:.0f} MiB with the optimizer")
+        f"{total:,} parameters ({100 * table / total:.0f} % tables and head), "
+        f"{len(c.data.train) * min(1, epochs) / total:.2f} different tokens each (20 is ample), {epochs:.1f} "
+        f"epochs planned, {memory:.0f} MiB with the optimizer")
 
 
 def check_speed(c):
     """13"""
-    step = c.seconds
-    return True, (f"{1000 * step:.0f} ms a step = {BATCH_SIZE * ACCUM * CONTEXT / step:,.0f} tokens/s on {c.ids.device} with "
-                  f"{torch.get_num_threads()} threads; {c.total:,} steps in about {c.total * step / 60:.1f} minutes")
+    speed = BATCH_SIZE * ACCUM * CONTEXT / c.seconds
+    return True, (f"{1000 * c.seconds:.0f} ms a step = {speed:,.0f} tokens/s on {c.ids.device} with "
+                  f"{torch.get_num_threads()} threads; {c.total:,} steps in about "
+                  f"{c.total * c.seconds / 60:.1f} minutes")
 
 
 def check_cache(c):
@@ -1440,21 +1504,23 @@ def check_cache(c):
 
 def check_unigram(c):
     """16"""
-    return True, f"counting tokens alone gives {unigram_nats(c.data):.3f} nats; a run that is above it after 200 steps says so"
+    return True, (f"counting tokens alone gives {unigram_nats(c.data):.3f} nats; a run that is above it "
+                  "after 200 steps says so")
 
 
 def check_text(c):
     """17"""
     prompt = torch.tensor([c.data.tokenizer.encode("The capital of India is")[-CONTEXT:]])
-    out = [c.data.tokenizer.decode(sample(c.trained, prompt, 12, 0, temperature=t)[0].tolist()) for t in (0.0, 0.8)]
+    out = [c.data.tokenizer.decode(sample(c.trained, prompt, 12, 0,
+                                          temperature=t)[0].tolist()) for t in (0.0, 0.8)]
     return True, f"after 10 steps, greedy {out[0]!r}, drawn {out[1]!r}"
 
 
 def preflight(model, data, total, fast):
     """
-    The checks of the design, in its numbering: (number, what, check, in the fast subset, remedy). A check returns
-    (True pass | None warn | False fail, what it measured). fast: those that take a moment; before every training.
-    Returns the rows (number, status, line), and the activations (DEPTH, 2) of the slow ones.
+    The checks of the design, in its numbering: (number, what, check, in the fast subset, remedy). A check
+    returns (True pass | None warn | False fail, what it measured). fast: those that take a moment; before
+    every training. Returns the rows (number, status, line), and the activations (DEPTH, 2) of the slow ones.
     """
     table = (
         (1, "data", check_data, True, "look at DATA and TOKENIZER; split by document"),
@@ -1462,23 +1528,25 @@ def preflight(model, data, total, fast):
         (3, "cannot see the future", check_future, True, "a mask is missing in the module named"),
         (4, "learns nothing from noise", check_noise, False, "something shows the target to the input"),
         (5, "knows the order", check_order, True, "POSITIONS=rope"),
-        (6, "texts are independent", check_batch, True, "no statistics over the batch, no randomness in eval"),
+        (6, "texts are independent", check_batch, True,
+         "no statistics over the batch, no randomness in eval"),
         (7, "can memorise", check_memory, False, "LR too low, or a path without gradient"),
         (8, "gradients flow", check_gradients, False, "QK_NORM=True, ZERO_INIT=True, a lower LR"),
-        (9, "activations", check_activations, False, "MU_GRAM=0.01 pushes blocks apart; a lower LR revives units"),
+        (9, "activations", check_activations, False,
+         "MU_GRAM=0.01 pushes blocks apart; a lower LR revives units"),
         (10, "size of the updates", check_updates, False, "LR; K1_ALPHA=0 switches K-1 off"),
         (11, "graph", check_graph, False, "GRAPH_WINDOW at least 0 keeps the self edge; a larger GRAPH_K"),
         (12, "capacity", check_capacity, False, "more text, DROPOUT=0.2, fewer EPOCHS"),
         (13, "speed", check_speed, False, ""),
-        (15, "cache equals no cache", check_cache, True, "positions must go on in the cache, values are kept mixed"),
+        (15, "cache equals no cache", check_cache, True,
+         "positions must go on in the cache, values are kept mixed"),
         (16, "unigram baseline", check_unigram, False, ""),
         (17, "text", check_text, False, ""),
     )
     device = next(model.parameters()).device
-    ids = torch.from_numpy(np.asarray(data.val[:4 * CONTEXT]).astype(np.int64)).view(4, CONTEXT).to(device)
     torch.manual_seed(SEED)
-    c = SimpleNamespace(model=model, awake=awake(model), fresh=build_model(data.V).to(device).eval(), data=data, ids=ids,
-                        total=total, activations=None)
+    c = SimpleNamespace(model=model, awake=awake(model), fresh=build_model(data.V).to(device).eval(),
+                        data=data, ids=first_windows(data, device), total=total, activations=None)
     if not fast:  # some checks look at a network that has moved a little
         c.trained, c.batch = copy.deepcopy(model).train(), draw_batch(data, 0).to(device)
         optimizer, c.credit, clock = Optimizers(c.trained), Credit(c.trained), None
@@ -1493,7 +1561,8 @@ def preflight(model, data, total, fast):
             optimizer.zero_grad()
         c.seconds = (time.monotonic() - clock) / 7 * ACCUM
         c.updates = {n: float((p - before[n]).norm() / p.norm().clamp(min=1e-9))
-                     for n, p in c.trained.named_parameters() if p.ndim == 2 and before[n].norm() > 0.1 * p.norm()}
+                     for n, p in c.trained.named_parameters() if p.ndim == 2 and before[n].norm() > 0.1
+                     * p.norm()}
         c.trained.eval()
     rows = []
     for number, what, check, quick, remedy in table:
@@ -1515,7 +1584,8 @@ def unigram_nats(data):
 
 
 def diagnose():
-    """DIAGNOSE=True: every check on the model that STAGE would train (ladder: stage 3). Exit code 1 on a FAIL."""
+    """DIAGNOSE=True: every check on the model that STAGE would train (ladder: stage 3). Exit code 1 on a
+    FAIL."""
     if STAGE == "ladder":
         globals().update(STAGE="3")
     clock, device = time.monotonic(), common.pick_device()
@@ -1539,15 +1609,18 @@ def convert():
         data = None
     else:
         data = load_data(Path(OUT) / "cache")
-        bytes_, count = sum(len(text.text_bytes(d)) for d in data.corpus.val), len(data.val) - len(data.corpus.val)
-        per_token, words = bytes_ / count, count / sum(text.word_count(d) for d in data.corpus.val)
+        documents = data.corpus.val
+        count = len(data.val) - len(documents)
+        per_token = len(text.joined(documents)) / count
+        words = count / sum(text.word_count(d) for d in documents)
     nats = math.log(CONVERT)
     bits, word_ppl = nats / math.log(2) / per_token, CONVERT ** words
-    print(f"token perplexity {CONVERT:g} on {DATA} with {TOKENIZER} tokens = {nats:.3f} nats a token = {bits:.3f} bits a "
-          f"byte = word perplexity {word_ppl:.1f}")
+    print(f"token perplexity {CONVERT:g} on {DATA} with {TOKENIZER} tokens = {nats:.3f} nats a token = "
+          f"{bits:.3f} bits a byte = word perplexity {word_ppl:.1f}")
     if DATA == "wikitext2":
         known = ((18.34, "GPT-2 XL without training on it"), (44.3, "the best LSTM with dynamic evaluation"),
-                 (55.0, "the best LSTM trained on it alone"), (94.3, "a plain LSTM"), (180.0, "a fair small transformer"))
+                 (55.0, "the best LSTM trained on it alone"), (94.3, "a plain LSTM"),
+                 (180.0, "a fair small transformer"))
         below = [what for value, what in known if word_ppl < value]
         print(f"verdict: better than {below[0]}" + (": look for leakage" if word_ppl < 44.3 else "") if below
               else "verdict: worse than a fair small transformer; plausible")
@@ -1559,20 +1632,57 @@ def convert():
 
 
 # ---------------------------------------------------------------- training
+def draw_ladder():
+    """OUT/lm_ladder.md and .png (and .npy): every stage beside the control that saw as many tokens."""
+    rows, lines, done = [], [], 0
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name in ("lm_control", *(f"lm_stage{k}" for k in range(4))):
+        folder = Path(OUT) / name
+        m = json.loads((folder / "metrics.json").read_text())
+        history = np.load(sorted(folder.glob("epoch_*/history.npy"))[-1])
+        value = {k: v["value"] for k, v in m.items() if isinstance(v, dict)}
+        start_at = 0 if name == "lm_control" else done
+        ax.plot(start_at + history[:, 0], history[:, 3], "o-", ms=4,
+                label=f"{name[3:]} {value['bits_per_byte']:.3f}",
+                color="0.5" if name == "lm_control" else None)
+        done = 0 if name == "lm_control" else start_at + history[-1, 0]
+        rows.append([start_at + history[-1, 0], value["bits_per_byte"], value["token_ppl"],
+                     value["word_ppl"]])
+        lines.append(f"| {name[3:]} | {m['parameters']:,} | {int(rows[-1][0]):,} | "
+                     f"{value['bits_per_byte']:.4f} | "
+                     f"{value['val_bits_per_byte_overlapping']:.4f} | {value['token_ppl']:.2f} | "
+                     f"{value['word_ppl']:.0f} | {m['seconds']:.0f} |")
+    for name, style in (("ngram", "--"), ("bz2", "-."), ("xz", "-")):
+        ax.axhline(value[f"{name}_bits_per_byte"], color="k", lw=0.8, ls=style, label=name)
+    top = 1.5 * value["ngram_bits_per_byte"]
+    ax.set(xlabel="optimizer steps in all", ylabel="validation bits a byte", ylim=(None, top),
+           title="the ladder: each stage grows from the one before")
+    ax.legend(fontsize=8, ncols=2)
+    save_artifact(Path(OUT), "lm_ladder", rows, figure)
+    head = "| run | parameters | steps in all | bits/byte | overlapping | token ppl | word ppl | seconds |\n"
+    table = head + "|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+    (Path(OUT) / "lm_ladder.md").write_text(table)
+    print(table)
+
+
 def check_settings(world=1):
     """One line for a value that cannot work, before anything is written."""
     choices = dict(STAGE=("ladder", "control", "-1", "0", "1", "2", "3"), TOKENIZER=("byte", "bpe", "gpt2"),
                    MU_MODE=("blocks", "plain"), OPT=("muon", "adamw"), POSITIONS=("rope", "learned"),
-                   NORM=("rms", "layer"), ACTIVATION=("relu2", "gelu", "swiglu"), PRECISION=("auto", "bf16", "fp32"))
+                   NORM=("rms", "layer"), ACTIVATION=("relu2", "gelu", "swiglu"),
+                   PRECISION=("auto", "bf16", "fp32"))
     for name, allowed in choices.items():
         if globals()[name] not in allowed:
             fail(f"{name}={globals()[name]!r}: one of {', '.join(allowed)}")
-    for name in "BATCH_SIZE ACCUM DIM DEPTH HEADS MLP_RATIO TAU K1_EVERY GRAPH_K LR LENGTH SAMPLES EVAL_EVERY".split():
+    for name in ("BATCH_SIZE ACCUM DIM DEPTH HEADS MLP_RATIO TAU K1_EVERY GRAPH_K LR LENGTH SAMPLES "
+                 "EVAL_EVERY").split():
         if globals()[name] <= 0:
             fail(f"{name}={globals()[name]} must be above 0")
-    ranges = dict(CONTEXT=(4, 2**20), DROPOUT=(0, 0.99), EMA_DECAY=(0, 1), WEIGHT_DECAY=(0, 10), COOLDOWN=(0, 1),
+    ranges = dict(CONTEXT=(4, 2**20), DROPOUT=(0, 0.99), EMA_DECAY=(0, 1), WEIGHT_DECAY=(0, 10),
+                  COOLDOWN=(0, 1),
                   CLIP=(1e-9, math.inf), SEED=(0, 2**63 - 1), K1_ALPHA=(0, 10), K1_KAPPA=(1e-3, 100),
-                  GRAPH_RAMP=(0, 1), GRAPH_WINDOW=(0, 2**20), MATCH=(0, 3), TEMPERATURE=(0, 100), TOP_K=(0, 2**20),
+                  GRAPH_RAMP=(0, 1), GRAPH_WINDOW=(0, 2**20), MATCH=(0, 3), TEMPERATURE=(0, 100),
+                  TOP_K=(0, 2**20),
                   TOP_P=(1e-9, 1), MIN_P=(0, 1), REP_PENALTY=(0.1, 10), SOFT_CAP=(0, 1000), EPOCHS=(0, 10**9),
                   MAX_STEPS=(0, 10**12), PATIENCE=(0, 10**9))
     for name, (low, high) in ranges.items():
@@ -1607,7 +1717,8 @@ def prepare(rank=0, world=1):
 
 def build_ema(checkpoint, device):
     """The model of a checkpoint, ready to sample."""
-    model = build_model(checkpoint["vocabulary"], str(checkpoint["stage"])).to(device).eval().requires_grad_(False)
+    model = build_model(checkpoint["vocabulary"],
+                        str(checkpoint["stage"])).to(device).eval().requires_grad_(False)
     common.load_strictly(model, checkpoint["ema"], "the checkpoint")
     return model
 
@@ -1623,15 +1734,16 @@ def inference_full(checkpoint, folder, log):
     step, seconds = checkpoint["step"], checkpoint["seconds"]
     history = [row for row in checkpoint["history"] if row[0] < step]
     loss = next((row[1] for row in checkpoint["history"] if row[0] == step), math.nan)
-    so_far = SimpleNamespace(step=step, train_loss=loss, history=history, credit=checkpoint["credit"], log=log,
+    so_far = SimpleNamespace(step=step, train_loss=loss, history=history, credit=checkpoint["credit"],
+                             log=log,
                              speed=BATCH_SIZE * ACCUM * CONTEXT * step / seconds if seconds else math.nan,
                              control=control_bits(), last=step == total_steps(data))
     return report(folder, build_ema(checkpoint, device), data, ref, so_far)
 
 
 def save_samples(checkpoint, folder, prompt, count, seed):
-    """sample.py: `count` continuations of prompt (empty: a text from its beginning), the first one printed as it
-    is written. samples.txt to read, samples.npy the ids, padded with end of text."""
+    """sample.py: `count` continuations of prompt (empty: a text from its beginning), the first one printed as
+    it is written. samples.txt to read, samples.npy the ids, padded with end of text."""
     check_settings()
     device, tokenizer = common.pick_device(), text.Tokenizer.from_state(checkpoint["tokenizer"])
     ids = tokenizer.encode(prompt) or [tokenizer.end]
@@ -1652,8 +1764,8 @@ def save_samples(checkpoint, folder, prompt, count, seed):
 
 
 def train_step(handle, model, ema, optimizer, credit, guard, data, step, total, run):
-    """One optimizer step on the effective batch: forward and backward ACCUM times, K-1's look at the gradients,
-    guard, step, EMA. Returns the mean loss, the learning rate and the gradient norm."""
+    """One optimizer step on the effective batch: forward and backward ACCUM times, K-1's look at the
+    gradients, guard, step, EMA. Returns the mean loss, the learning rate and the gradient norm."""
     batch = draw_batch(data, step, guard.rollbacks)
     torch.manual_seed(seed_of(SEED, "dropout", step, guard.rollbacks, run.rank))
     model.train()
@@ -1693,10 +1805,10 @@ def control_bits():
 
 def train():
     """One stage from its start, or from where it stopped, to its end. Returns the run."""
-    free = ("EVAL_EVERY SAVE_SECONDS TENSORBOARD COMPILE PREFLIGHT DIAGNOSE OVERRULE CONVERT TEMPERATURE TOP_K TOP_P "
-            "MIN_P REP_PENALTY LENGTH SAMPLES PROMPTS PATIENCE EXPERIMENT").split()  # no part in training
+    free = "EVAL_EVERY SAVE_SECONDS TENSORBOARD COMPILE PREFLIGHT DIAGNOSE OVERRULE CONVERT PATIENCE EXPERIMENT "
+    free += "TEMPERATURE TOP_K TOP_P MIN_P REP_PENALTY LENGTH SAMPLES PROMPTS"  # no part in training
     name = "lm_control" if stage_number() < 0 else f"lm_stage{STAGE}"
-    run = start(__file__, globals(), free, name)
+    run = start(__file__, globals(), free.split(), name)
     data, ref = prepare(run.rank, run.world)
     torch.manual_seed(SEED)
     model = build_model(data.V).to(run.device)
@@ -1714,7 +1826,8 @@ def train():
     def save(path):
         return common.save_checkpoint(
             path, run, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-            guard=dict(vars(guard)), scores=dict(credit.scores), seen=credit.seen, **vars(at), stage=model.stage,
+            guard=dict(vars(guard)), scores=dict(credit.scores), seen=credit.seen, **vars(at),
+                                      stage=model.stage,
             vocabulary=data.V, tokenizer=data.tokenizer.state(), data=data.hash)
 
     def save_last():
@@ -1746,15 +1859,16 @@ def train():
         common.open_log(log, at.step)
         board = common.open_tensorboard(run.folder) if TENSORBOARD else None
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{data.corpus.facts}\n{data.tokenizer.facts}\n{name}: {parameters:,} parameters, {per_epoch} steps an "
-              f"epoch, {total} in all; bits/byte of n-gram {ref.floors['ngram']:.3f}, bz2 {ref.floors['bz2']:.3f}, "
-              f"xz {ref.floors['xz']:.3f}")
+        floors = ", ".join(f"{k} {ref.floors[k]:.3f}" for k in ("ngram", "bz2", "xz"))
+        print(f"{data.corpus.facts}\n{data.tokenizer.facts}\n{name}: {parameters:,} parameters, {per_epoch} "
+              f"steps an epoch, {total} in all; bits/byte of {floors}")
         unigram = unigram_nats(data)
         if PREFLIGHT and at.step == 0:
             with run.evaluation():
                 rows, _ = preflight(ema, data, total, fast=True)
                 (run.folder / "epoch_0000").mkdir(exist_ok=True)
-                (run.folder / "epoch_0000" / "diagnose.txt").write_text("".join(row[2] + "\n" for row in rows))
+                lines = "".join(line + "\n" for _, _, line in rows)
+                (run.folder / "epoch_0000" / "diagnose.txt").write_text(lines)
                 print("pre-flight: " + ", ".join(f"{number} {status}" for number, status, _ in rows))
                 for _, status, line in rows:
                     if status == "FAIL" and not OVERRULE:
@@ -1785,7 +1899,8 @@ def train():
                                          control=control_bits(), last=at.step == total)
                 with run.evaluation():
                     metrics = report(folder, ema, data, ref, so_far, board)
-                    common.save_metrics(run, folder, metrics, seconds=round(at.seconds, 1), parameters=parameters)
+                    common.save_metrics(run, folder, metrics, seconds=round(at.seconds, 1),
+                                        parameters=parameters)
                 clock += time.monotonic() - paused  # `seconds` counts training alone
                 if run.signal:
                     continue
@@ -1798,6 +1913,9 @@ def train():
                     at.best, at.best_step = float(metrics["val_loss"]["value"]), at.step
                     save(run.folder / "best.pt")
                 written = save_last()
+                if PATIENCE and at.step - at.best_step >= PATIENCE * EVAL_EVERY * per_epoch:
+                    tqdm.write(f"no better for {PATIENCE} reports: stopped; best.pt is step {at.best_step}")
+                    break
             continue
         if at.step >= total:
             break
@@ -1819,12 +1937,14 @@ def train():
             continue
         if run.rank > 0:
             continue
-        common.log_row(log, step=at.step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, skipped=guard.skipped,
+        common.log_row(log, step=at.step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm,
+                       skipped=guard.skipped,
                        tokens_per_s=BATCH_SIZE * ACCUM * CONTEXT * at.step / at.seconds, seconds=at.seconds)
         if model.stage >= 2 and at.step % max(K1_EVERY, total // 200) == 0:
             at.credit = [*at.credit, [at.step, *credit.credits().values(), *credit.multipliers().values()]]
         if at.step == 200 and np.mean(losses[-20:]) > unigram:
-            tqdm.write(f"WARN  16 loss {np.mean(losses[-20:]):.3f} after 200 steps: counting tokens alone gives {unigram:.3f}")
+            tqdm.write(f"WARN  16 loss {np.mean(losses[-20:]):.3f} after 200 steps: counting tokens alone "
+                       f"gives {unigram:.3f}")
         bar.update(1)
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", lr=f"{lr:.1e}", refresh=False)
         if time.monotonic() - saved_at > SAVE_SECONDS:
@@ -1847,18 +1967,17 @@ def main():
         return convert()
     if DIAGNOSE:
         return diagnose()
-    if STAGE == "ladder":
-        stages = [dict(STAGE="control", EPOCHS=4 * EPOCHS, MAX_STEPS=4 * MAX_STEPS), *(dict(STAGE=s) for s in "0123")]
-    else:
-        stages = [dict(STAGE=STAGE)]
-    for stage in stages:
-        with_settings = {**dict(EPOCHS=EPOCHS, MAX_STEPS=MAX_STEPS), **stage}
-        before = dict(EPOCHS=EPOCHS, MAX_STEPS=MAX_STEPS)
-        globals().update(with_settings)
-        run = train()
-        globals().update(before)
+    plan = [dict(STAGE=STAGE)]
+    if STAGE == "ladder":  # the control sees as many tokens as all four stages together
+        plan = [dict(STAGE="control", EPOCHS=4 * EPOCHS, MAX_STEPS=4 * MAX_STEPS),
+                *(dict(STAGE=stage) for stage in "0123")]
+    for stage in plan:
+        with changed(**stage):
+            run = train()
         if run.signal:
             break
+    if STAGE == "ladder" and run.rank == 0 and not run.signal:
+        draw_ladder()
     common.finish(run)
     if run.signal:
         sys.exit(128 + run.signal)

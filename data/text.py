@@ -192,7 +192,7 @@ def _folder(root):
 
 def articles(text):
     """WikiText's articles: list of str, cut before each top-level heading, a line ' = Title = '."""
-    starts = [m.start() for m in re.finditer(r"(?m)^ = (?!= )[^\n]*(?<! =) = $", text)]
+    starts = [m.start() for m in re.finditer(r"(?m)^ = (?!= )[^\n]* = $", text)]
     if starts and not text[:starts[0]].strip():
         del starts[0]  # a blank line at the top belongs to the first article
     edges = [0, *starts, len(text)]

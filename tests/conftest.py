@@ -1,6 +1,7 @@
 """What all tests share: one thread, the repository on the path, tiny data, and runs of a whole script."""
 import json
 import os
+import random
 import select
 import subprocess
 import sys
@@ -19,13 +20,16 @@ torch.set_num_threads(1)
 TINY = ("SIZE=16 WIDTH=8 MULTS=1,1 ATTENTION=False,True BATCH_SIZE=4 STEPS=2 SAMPLES=10 SWEEP=1.0,2.0 "
         "PRECISION=fp32").split()  # an optimizer step in hundredths of a second, with dropout
 
-# One warm process imports the script; every run is a fork of it that may be killed, and costs no imports.
-# Reads one job a line: settings, environment, output file, and code to run before main(): the fault.
+TINY_LM = ("TOKENIZER=byte DIM=32 MU_DIM=32 HEADS=2 DEPTH=2 CONTEXT=16 BATCH_SIZE=4 TAU=8 GRAPH_WINDOW=2 GRAPH_K=2 "
+           "SAMPLES=2 LENGTH=8 PRECISION=fp32").split()  # 200 optimizer steps a second
+
+# One warm process imports the scripts; every run is a fork of it that may be killed, and costs no imports.
+# Reads one job a line: script, settings, environment, output file, and code to run before main(): the fault.
 ZYGOTE = """
 import functools, json, os, signal, sys, time, traceback
 import torch
 torch.set_num_threads(1)
-import common, sample, train_stl10 as script
+import common, sample, train_lm, train_stl10
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -34,7 +38,7 @@ for line in sys.stdin:
         os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(1, 2)
         os.environ.update(job["environment"])
-        code, sys.argv = 0, ["program", *job["arguments"]]
+        code, sys.argv, script = 0, ["program", *job["arguments"]], sys.modules[job["script"]]
         try:
             exec(job["fault"], globals())
             if job["program"] == "sample":
@@ -95,14 +99,43 @@ def launch(zygote, tiny, tmp_path):
                 if not (home / "cache" / judge.name).exists():
                     os.link(judge, home / "cache" / judge.name)
             arguments = [f"DATA={tiny / 'data'}", f"OUT={home}", *TINY, *settings]
-        job = dict(arguments=arguments, environment=environment, fault=fault, program=program,
-                   output=str(tmp_path / "output.txt"))
-        zygote.stdin.write(json.dumps(job).encode() + b"\n")
-        child = int(zygote.stdout.readline())
-        if not select.select([zygote.stdout], [], [], limit)[0]:
-            os.kill(child, 9)
-            zygote.stdout.readline()
-            pytest.fail(f"no end after {limit} s:\n" + (tmp_path / "output.txt").read_text()[-2000:])
-        code = int(zygote.stdout.readline())
-        return SimpleNamespace(code=code, folder=home / "stl10", output=(tmp_path / "output.txt").read_text())
+        return fork(zygote, tmp_path, home / "stl10", limit, arguments=arguments, environment=environment,
+                    fault=fault, program=program, script="train_stl10")
+    return run
+
+
+def fork(zygote, tmp_path, folder, limit, **job):
+    """One job of the warm process: its code, its output, and `folder`."""
+    output = tmp_path / "output.txt"
+    zygote.stdin.write(json.dumps(dict(job, output=str(output))).encode() + b"\n")
+    child = int(zygote.stdout.readline())
+    if not select.select([zygote.stdout], [], [], limit)[0]:
+        os.kill(child, 9)
+        zygote.stdout.readline()
+        pytest.fail(f"no end after {limit} s:\n" + output.read_text()[-2000:])
+    code = int(zygote.stdout.readline())
+    return SimpleNamespace(code=code, folder=folder, output=output.read_text())
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of train.txt, valid.txt and test.txt: 1,400, 800 and 400 characters of made-up sentences."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
+    words = "the a cat dog bird sees takes finds red old small tree house river and then when it".split()
+    for name, size in (("train", 1400), ("valid", 800), ("test", 400)):
+        lines = (" ".join(rng.choices(words, k=rng.randint(4, 9))).capitalize() + "." for _ in range(99))
+        (folder / f"{name}.txt").write_text("\n".join(lines)[:size])
+    return folder
+
+
+@pytest.fixture
+def launch_lm(zygote, corpus, tmp_path):
+    """launch_lm(*settings, fault="", out="runs") runs train_lm.py on the tiny corpus, as launch does; folder is
+    that of all its runs."""
+    def run(*settings, fault="", out="runs", program="train", limit=120, **environment):
+        home, arguments = tmp_path / out, list(settings)
+        if program == "train":
+            arguments = [f"DATA={corpus}", f"OUT={home}", *TINY_LM, *settings]
+        return fork(zygote, tmp_path, home, limit, arguments=arguments, environment=environment, fault=fault,
+                    program=program, script="train_lm")
     return run

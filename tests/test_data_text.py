@@ -20,8 +20,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 STRINGS = ["", "a", " ", "\n", "don't we'll I'VE", "tabs\tand  \t blanks   ", "one\r\ntwo\r\n",
            "\u0301\u0301", "e\u0301", "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467",
            "\0\x1c\x1f\x85\xa0\u2028\ufeff",
-           "x\u00b2 + \u00bd = \u2167 \u0663", "\ud800", "\udcffa\ud83d", "a_b __init__", "\u6226\u5834\u306e\u30f4",
-           "  leading", "trailing  ", "aaaa" * 20]
+           "x\u00b2 + \u00bd = \u2167 \u0663", "\ud800", "\udcffa\ud83d", "a_b __init__",
+           "\u6226\u5834\u306e\u30f4", "  leading", "trailing  ", "aaaa" * 20]
 PROSE = ("The quick brown fox jumps over the lazy dog. It doesn't matter, said the other fox; they are 12.\n"
          "\tA tab, a number 1234, caf\u00e9, \u00fcber, and (brackets).\n\n") * 3
 
@@ -97,6 +97,7 @@ def test_pydoc_of_a_small_library(tmp_path, monkeypatch):
     whole = "".join(every)
     assert whole.count("repeat that occurs") == 1 and "SKIPPED" not in whole and "short" not in whole
     assert whole.count("The with statement.") == 20
+    assert whole.index("Inner of 0 explains") < whole.index("repeat that occurs")
     first = next(d for d in every if d.startswith("mod7\nModule number 7 "))
     assert "inner\nInner of 7 explains itself." in first  # under its name, in the order of the source
     for k in range(60):  # a package and its modules stay together
@@ -438,7 +439,7 @@ def test_learned_merges_are_kept(tmp_path, monkeypatch):
         assert text.tokenizer("bpe", 300, [PROSE], tmp_path).merges == first.merges
         assert path.read_bytes() == good
     assert text.tokenizer("bpe", 301, [PROSE], tmp_path).V == 301
-    assert text.tokenizer("bpe", 300, [PROSE[:300]], tmp_path).merges != first.merges
+    assert text.tokenizer("bpe", 300, [PROSE[:90] * 3], tmp_path).merges != first.merges
     monkeypatch.setattr(text, "learn_merges", None)
     assert text.tokenizer("bpe", 300, [PROSE], tmp_path).sha == first.sha
 
@@ -451,6 +452,7 @@ def test_gpt2_ids(tmp_path, monkeypatch):
     assert t.encode(" the") == [258] and t.bytes_of[258] == b" the" and t.bytes_of[259] == b"\xe2\x80"
     words = text._gpt2_words()
     assert words.findall("x\u00b2 \u2167a\x1c b") == ["x", "\u00b2", " \u2167", "a", "\x1c", " b"]
+    assert words.findall(" \x1cb") == [" \x1c", "b"]  # no White_Space, whatever str.isspace() says
     assert text.WORDS.findall("x\u00b2") == ["x\u00b2"]
     rng = random.Random(3)
     for string in [*STRINGS, *(random_string(rng) for _ in range(200))]:
@@ -487,7 +489,8 @@ def test_token_files(tmp_path, monkeypatch):
     assert {s: ids.tolist() for s, ids in first.items()} == wanted and wanted["test"] == []
     for path in tmp_path.iterdir():
         good = path.read_bytes()
-        for damage in (b"", good[:-2], b"nonsense", good[:-2] + b"\0\0", good[:-4] + good[-2:] * 2):
+        for damage in (b"", good[:-2], b"nonsense", good[:-2] + b"\0\0", good[:-4] + good[-2:] * 2,
+                       good[:128] + b"\xff\xff" + good[130:]):
             path.write_bytes(damage)
             assert {s: ids.tolist() for s, ids in text.tokens(corpus, t, tmp_path).items()} == wanted
             assert path.read_bytes() == good
@@ -498,8 +501,9 @@ def test_token_files(tmp_path, monkeypatch):
             text.tokens(SimpleNamespace(**{**vars(corpus), "sha": "2" * 64}), t, tmp_path)
     before = len(list(tmp_path.iterdir()))
     assert text.tokens(corpus, t, None)["val"].tolist() == [99, 256]
-    text.tokens(corpus, text.Tokenizer("bpe", [(97, 97)]), tmp_path)
-    assert before == 2 and len(list(tmp_path.iterdir())) == 4  # a tokenizer has its own
+    for letter in (97, 98):
+        text.tokens(corpus, text.Tokenizer("bpe", [(letter, letter)]), tmp_path)
+    assert before == 2 and len(list(tmp_path.iterdir())) == 6  # a tokenizer has its own
 
 
 # Floors
@@ -541,7 +545,7 @@ def test_ngram_ends_of_the_scale():
     assert constant.bits(b"a" * 5000) < 0.01 and constant.bits(b"b" * 100) > 8
     for order, margin in ((1, 0.02), (2, 0.3), (5, 0.5)):  # contexts seen once or twice cost a little
         assert -0.01 < text.NGram(noise[:20_000], order).bits(noise[20_000:]) - 8 < margin
-    assert math.isnan(constant.bits(b"")) and text.NGram(b"ab", 7).bits(b"ab") < 8
+    assert math.isnan(constant.bits(b"")) and text.NGram(b"ab", 7).bits(b"ababab") < 8
     for order in (0, 9):
         with pytest.raises(ValueError, match="expected 1..8"):
             text.NGram(b"abc", order)
@@ -662,6 +666,7 @@ def test_copies(grams):
     card = text.quality(samples, index, grams, [" ".join(new), ""])
     assert card["copied_prompt_8"] == pytest.approx(1 / 11)
     assert text.quality(["x " * 20], index, grams)["copied_8"] == 0  # unknown words are no copies
+    assert text.quality(["x " * 20], ["z " * 20], grams)["copied_8"] == 0
     assert text.quality(["x " * 20], ["x y"], grams)["copied_8"] == 0  # train without any eight
     assert text.quality(samples, [" ".join(train)], grams)["copied_8"] == card["copied_8"]
     with pytest.raises(ValueError):
@@ -733,15 +738,16 @@ def test_commands(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["nonsense"], ["prepare"], ["prepare", "pydoc"], ["prepare", "shakespeare", "--from"], ["show", "nowhere"],
-    ["show", "a", "b"], ["show", "--from", "x"], ["show", "shakespeare"],
+    ["nonsense"], ["prepare"], ["prepare", "pydoc"], ["prepare", "shakespeare", "--from"],
+    ["show", "nowhere"], ["show", "a", "b"], ["show", "--from", "x"], ["show", "shakespeare"],
     ["prepare", "shakespeare", "--from", "nowhere"], ["prepare", "wikitext2", "--from", "nowhere"]])
 def test_command_errors_are_one_line_and_code_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert text.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ") and captured.out == ""
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and ("expected a path after it" in captured.err) == (
+        arguments[-1] == "--from")
 
 
 def test_command_line_exit_code(tmp_path):

@@ -211,8 +211,9 @@ def test_grouped_queries_are_heads_that_share():
 
 
 def test_attention_head_by_head():
-    """out = sum over heads of softmax(q_h k_h^T / sqrt(d)) v_h W_out,h, each with its own rows of the matrices."""
-    layer, x, turn = shake(Attention(24, 4, kv_heads=2)).double(), normal(2, 7, 24), rotation(torch.arange(7), 6)
+    """The sum over heads of softmax(q k^T / sqrt(d)) v W_out, each with its own rows of the matrices."""
+    layer, x = shake(Attention(24, 4, kv_heads=2)).double(), normal(2, 7, 24)
+    turn = rotation(torch.arange(7), 6)
     expected = torch.zeros_like(x)
     for head in range(4):
         own, group = slice(6 * head, 6 * head + 6), slice(head // 2 * 6, head // 2 * 6 + 6)
@@ -361,6 +362,10 @@ def test_mlps_are_their_formulas(bias):
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
         assert len(list(layer.parameters())) == (4 if bias else 2)
         assert torch.autograd.gradcheck(layer, x.clone().requires_grad_())
+    x.requires_grad_()  # a second derivative of relu2 is refused, not wrong
+    first, = torch.autograd.grad(model_dit.ReLU2.apply(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
     with pytest.raises(ValueError, match="activation 'tanh': one of gelu, relu2, swiglu"):
         MLP(5, 7, "tanh")
 
@@ -606,6 +611,7 @@ def test_sizes_have_the_parameters_of_the_paper(name, millions):
     total = sum(p.numel() for p in model.parameters())
     assert abs(total / 1e6 - millions) < max(0.6, 0.002 * millions)
     dim, depth = SIZES[name]["dim"], SIZES[name]["depth"]
+    assert SIZES[name]["heads"] == (16 if name == "XL" else dim // 64)
     assert total == (depth * (18 * dim**2 + 11 * dim)  # 6 modulation, 4 attention, 8 MLP; their 6 + 5 biases
                      + (256 + 1 + dim + 1) * dim + 1001 * dim  # time, labels
                      + (16 + 1) * dim + 2 * dim**2 + 2 * dim + (dim + 1) * 32)  # embedding, final layer
