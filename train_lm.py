@@ -959,7 +959,7 @@ def report(folder, model, data, ref, so_far, board=None):
     draw_floors(folder, metrics)
     draw_positions(folder, arrays, data)
     draw_quality(folder, arrays)
-    draw_samples(folder, model, data, ref)
+    draw_samples(folder, model, data)
     draw_embeddings(folder, model, data)
     if model.stage >= 0 and MU_MODE == "blocks":
         draw_mu(folder, model, data)
@@ -1078,7 +1078,7 @@ def surprisal(model, ids):
     return np.concatenate([[0.0], bits.cpu().numpy()])
 
 
-def draw_samples(folder, model, data, ref):
+def draw_samples(folder, model, data):
     """samples.txt (greedy and drawn continuations of PROMPTS), samples.npy (their ids, padded with end of
     text), samples.html: each token coloured by how surprising the model found it."""
     tokenizer, rows, lines, html = data.tokenizer, [], [], []
@@ -1803,13 +1803,14 @@ def control_bits():
         return None
 
 
-def train():
-    """One stage from its start, or from where it stopped, to its end. Returns the run."""
+def train(prepared=None):
+    """One stage from its start, or from where it stopped, to its end. prepared: (data, ref) of the stage before, on
+    the same text. Returns the run and (data, ref)."""
     free = "EVAL_EVERY SAVE_SECONDS TENSORBOARD COMPILE PREFLIGHT DIAGNOSE OVERRULE CONVERT PATIENCE EXPERIMENT "
     free += "TEMPERATURE TOP_K TOP_P MIN_P REP_PENALTY LENGTH SAMPLES PROMPTS"  # no part in training
     name = "lm_control" if stage_number() < 0 else f"lm_stage{STAGE}"
     run = start(__file__, globals(), free.split(), name)
-    data, ref = prepare(run.rank, run.world)
+    data, ref = prepared or prepare(run.rank, run.world)
     torch.manual_seed(SEED)
     model = build_model(data.V).to(run.device)
     parent = parent_of() if run.checkpoint is None else None
@@ -1819,7 +1820,7 @@ def train():
         grow(model, parent["ema"], "INIT_FROM")
         optimizer.load_state_dict(parent["optimizer"])
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    at = SimpleNamespace(step=0, reported=-1, best=math.inf, best_step=0, seconds=0.0, history=[], credit=[])
+    at = SimpleNamespace(step=0, reported=0, best=math.inf, best_step=0, seconds=0.0, history=[], credit=[])
     per_epoch, total = steps_per_epoch(data), total_steps(data)
     last, log = run.folder / "last.pt", run.folder / "log.csv"
 
@@ -1863,16 +1864,17 @@ def train():
         print(f"{data.corpus.facts}\n{data.tokenizer.facts}\n{name}: {parameters:,} parameters, {per_epoch} "
               f"steps an epoch, {total} in all; bits/byte of {floors}")
         unigram = unigram_nats(data)
-        if PREFLIGHT and at.step == 0:
-            with run.evaluation():
-                rows, _ = preflight(ema, data, total, fast=True)
-                (run.folder / "epoch_0000").mkdir(exist_ok=True)
-                lines = "".join(line + "\n" for _, _, line in rows)
-                (run.folder / "epoch_0000" / "diagnose.txt").write_text(lines)
-                print("pre-flight: " + ", ".join(f"{number} {status}" for number, status, _ in rows))
-                for _, status, line in rows:
-                    if status == "FAIL" and not OVERRULE:
-                        fail(f"{line}; OVERRULE=True trains all the same")
+        if at.step == 0:
+            with run.evaluation():  # before hours are spent: checks, and how it writes untrained
+                folder = run.folder / "epoch_0000"
+                folder.mkdir(exist_ok=True)
+                rows, _ = preflight(ema, data, total, fast=True) if PREFLIGHT else ((), None)
+                (folder / "diagnose.txt").write_text("".join(line + "\n" for _, _, line in rows))
+                print("pre-flight: " + (", ".join(f"{number} {status}" for number, status, _ in rows) or "none"))
+                failed = [line for _, status, line in rows if status == "FAIL"]
+                if failed and not OVERRULE:
+                    fail(f"{failed[0]}; OVERRULE=True trains all the same")
+                draw_samples(folder, ema, data)
         if parent is not None:
             with torch.no_grad():
                 old = build_model(data.V, str(parent["stage"])).to(run.device).eval()
@@ -1958,7 +1960,7 @@ def train():
         print(f"stopped by signal {run.signal} after step {at.step}; start again to continue", flush=True)
     elif run.rank == 0 and not written:
         fail(f"the run is complete but its last checkpoint is not: make room and start again to write {last}")
-    return run
+    return run, (data, ref)
 
 
 def main():
@@ -1971,9 +1973,10 @@ def main():
     if STAGE == "ladder":  # the control sees as many tokens as all four stages together
         plan = [dict(STAGE="control", EPOCHS=4 * EPOCHS, MAX_STEPS=4 * MAX_STEPS),
                 *(dict(STAGE=stage) for stage in "0123")]
+    prepared = None
     for stage in plan:
         with changed(**stage):
-            run = train()
+            run, prepared = train(prepared)
         if run.signal:
             break
     if STAGE == "ladder" and run.rank == 0 and not run.signal:
