@@ -222,10 +222,10 @@ def pick_device():
 
 
 def start(script, namespace, free=(), name=None):
-    """Everything before the model: seed, device, process group, lock, run folder OUT/name (default: the script
-    without train_), and the checkpoint to continue from. RESUME=True continues when the settings agree (those named in `free`
-    may differ), RESUME=False moves an old folder aside. Exits with code 2 when the settings differ or
-    another process runs here."""
+    """Everything before the model: seed, device, process group, lock, run folder OUT/name (the script without
+    train_), and the checkpoint to continue from. RESUME=True continues when the settings agree (those named
+    in `free` may differ), RESUME=False moves an old folder aside. Exits with code 2 when the settings differ
+    or another process runs here."""
     name = name or Path(script).stem.removeprefix("train_")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, now = pick_device(), settings(namespace)

@@ -115,23 +115,21 @@ SEED = 0
 OUT = "runs"         # the runs go to OUT/lm_control, OUT/lm_stage0, ...
 RESUME = True        # continue a run when its settings agree; False moves it aside
 
-EXPERIMENTS = {  # then the command line wins over the row
-    "nanogpt_cpu": dict(DATA="shakespeare", TOKENIZER="byte", DIM=128, MU_DIM=128, DEPTH=4, HEADS=4,
-                        CONTEXT=64,
-                        BATCH_SIZE=12, EPOCHS=0, MAX_STEPS=2000, STAGE="0"),
-    "shakespeare": dict(DATA="shakespeare", TOKENIZER="byte", DIM=384, MU_DIM=384, DEPTH=6, HEADS=6,
-                        CONTEXT=256,
-                        BATCH_SIZE=64, EPOCHS=0, MAX_STEPS=5000, DROPOUT=0.2, WEIGHT_DECAY=0.1, STAGE="0"),
-    "wikitext2": dict(DATA="wikitext2", VOCAB=8192, DIM=512, MU_DIM=512, DEPTH=8, HEADS=8, CONTEXT=512,
-                      BATCH_SIZE=32, EPOCHS=20, DROPOUT=0.3, WEIGHT_DECAY=0.4, STAGE="0"),
-    # the shapes of the lab notes, in causal form; on WikiText-2 with GPT-2's tokens
-    "seed_current": dict(DATA="wikitext2", TOKENIZER="gpt2", DIM=256, MU_DIM=64, DEPTH=6, HEADS=4,
-                         CONTEXT=256,
-                         TAU=32, STAGE="0"),
-    "seed_fixed": dict(DATA="wikitext2", TOKENIZER="gpt2", DIM=1024, MU_DIM=512, DEPTH=6, HEADS=8,
-                       CONTEXT=256,
-                       TAU=128, MU_MODE="plain", STAGE="0"),
-}
+EXPERIMENTS = {
+    # the sizes nanoGPT uses for Shakespeare's characters, on a CPU and on a GPU
+    "nanogpt_cpu": dict(STAGE="0", DATA="shakespeare", TOKENIZER="byte", DIM=128, MU_DIM=128, DEPTH=4,
+                        HEADS=4, CONTEXT=64, BATCH_SIZE=12, EPOCHS=0, MAX_STEPS=2000),
+    "shakespeare": dict(STAGE="0", DATA="shakespeare", TOKENIZER="byte", DIM=384, MU_DIM=384, DEPTH=6,
+                        HEADS=6, CONTEXT=256, BATCH_SIZE=64, EPOCHS=0, MAX_STEPS=5000, DROPOUT=0.2,
+                        WEIGHT_DECAY=0.1),
+    "wikitext2": dict(STAGE="0", DATA="wikitext2", VOCAB=8192, DIM=512, MU_DIM=512, DEPTH=8, HEADS=8,
+                      CONTEXT=512, BATCH_SIZE=32, EPOCHS=20, DROPOUT=0.3, WEIGHT_DECAY=0.4),
+    # the shapes of the lab notes, in causal form, with GPT-2's tokens
+    "seed_current": dict(STAGE="0", DATA="wikitext2", TOKENIZER="gpt2", DIM=256, MU_DIM=64, DEPTH=6, HEADS=4,
+                         CONTEXT=256, TAU=32),
+    "seed_fixed": dict(STAGE="0", DATA="wikitext2", TOKENIZER="gpt2", DIM=1024, MU_DIM=512, DEPTH=6, HEADS=8,
+                       CONTEXT=256, TAU=128, MU_MODE="plain"),
+}  # the command line wins over a row
 
 
 # ---------------------------------------------------------------- data
@@ -259,7 +257,7 @@ class Temporal(nn.Module):
         return self.join(self.table(ids[:, -new:]) + self.phi(recency(ids, new)))
 
 
-EDGES = "none window fibonacci semantic successor".split()  # edge types of the graph
+edge_types = ("none", "window", "fibonacci", "semantic", "successor")
 
 
 def edges(u, new):
@@ -297,7 +295,7 @@ class Block(nn.Module):
         self.attn = Attention(DIM, HEADS, qk_norm=QK_NORM)
         self.mlp = MLP(DIM, hidden, ACTIVATION)
         self.mix = nn.Parameter(torch.tensor(0.5)) if VALUE_RESIDUAL and not first else None
-        self.beta = nn.Parameter(torch.zeros(HEADS // 2, len(EDGES) - 1)) if routed else None
+        self.beta = nn.Parameter(torch.zeros(HEADS // 2, len(edge_types) - 1)) if routed else None
         self.drop = nn.Dropout(DROPOUT)
 
     def bias(self, mask, kinds, pressure):
@@ -305,7 +303,7 @@ class Block(nn.Module):
         elsewhere, and from pressure 30 on -inf. |q.k|/sqrt(d) is bounded by QK-norm, so that this last switch
         is invisible. mask (Nq, Nk) bool, kinds (B, Nq, Nk) edge types."""
         table = torch.cat([self.beta.new_full((len(self.beta), 1), -pressure), self.beta], 1)
-        bias = (F.one_hot(kinds.long(), len(EDGES)).to(table) @ table.T).movedim(-1, 1)
+        bias = (F.one_hot(kinds.long(), len(edge_types)).to(table) @ table.T).movedim(-1, 1)
         seen = mask & (kinds > 0)[:, None] if pressure >= 30 else mask
         return bias.masked_fill(~seen, -math.inf)
 
@@ -1231,7 +1229,7 @@ def attention_mass(model, ids):
         q, k, _ = block.attn.qkv(block.norm_1(x), turn)
         weight = (q[:, :n] @ k[:, :n].mT / q.shape[-1] ** 0.5 + block.bias(mask, kinds, pressure)).softmax(-1)
         found.append(torch.stack([(weight * (kinds == kind)[:, None]).sum(-1).mean((0, 2))
-                                  for kind in range(len(EDGES))], -1))
+                                  for kind in range(len(edge_types))], -1))
     for block in model.blocks:
         hooks.append(block.register_forward_pre_hook(look))
     try:
@@ -1256,12 +1254,12 @@ def draw_graph(folder, model, data, count=48):
     axes[0].set_xticks(range(n), names, rotation=90, size=6)
     axes[0].set_yticks(range(n), names, size=6)
     share = np.bincount(kinds.ravel(), minlength=5)[1:] / kinds.shape[0]
-    kind = ", ".join(f"{name} {s:.1f}" for name, s in zip(EDGES[1:], share))
+    kind = ", ".join(f"{name} {s:.1f}" for name, s in zip(edge_types[1:], share))
     axes[0].set_title(f"a row may look at: {kind} edges a token", size=9)
-    table = mass.reshape(-1, len(EDGES))
+    table = mass.reshape(-1, len(edge_types))
     left = np.zeros(len(table))
     for kind, colour in enumerate(("0.95", "0.75", "C0", "C3", "C2")):
-        axes[1].barh(range(len(table)), table[:, kind], left=left, color=colour, label=EDGES[kind],
+        axes[1].barh(range(len(table)), table[:, kind], left=left, color=colour, label=edge_types[kind],
                      edgecolor="k", lw=.2)
         left += table[:, kind]
     axes[1].set_yticks(range(len(table)), [f"layer {i // mass.shape[1]} head {i % mass.shape[1]}"
@@ -1464,7 +1462,7 @@ def check_graph(c):
     pairs = F.pad(same, (1, 0))[:, :-1].tril()  # (i, j + 1) with token j = token i: where induction looks
     induction = float(step[pairs].mean()) if pairs.any() else math.nan
     isolated = int((step.sum(1) == 0).sum())
-    kind = ", ".join(f"{name} {int((kinds == k + 1).sum()) / T:.1f}" for k, name in enumerate(EDGES[1:]))
+    kind = ", ".join(f"{name} {int((kinds == k + 1).sum()) / T:.1f}" for k, name in enumerate(edge_types[1:]))
     return isolated == 0, (
         f"edges a token: {kind}; {100 * seen[0]:.0f} % of the past in one layer, {100 * seen[-1]:.0f} % in "
         f"{DEPTH}; {100 * induction:.0f} % of induction pairs; isolated {isolated}")
@@ -1804,10 +1802,10 @@ def control_bits():
 
 
 def train(prepared=None):
-    """One stage from its start, or from where it stopped, to its end. prepared: (data, ref) of the stage before, on
-    the same text. Returns the run and (data, ref)."""
-    free = "EVAL_EVERY SAVE_SECONDS TENSORBOARD COMPILE PREFLIGHT DIAGNOSE OVERRULE CONVERT PATIENCE EXPERIMENT "
-    free += "TEMPERATURE TOP_K TOP_P MIN_P REP_PENALTY LENGTH SAMPLES PROMPTS"  # no part in training
+    """One stage from its start, or from where it stopped, to its end. prepared: (data, ref) of the stage
+    before, on the same text. Returns the run and (data, ref)."""
+    free = "EVAL_EVERY SAVE_SECONDS TENSORBOARD COMPILE PREFLIGHT DIAGNOSE OVERRULE CONVERT PATIENCE "
+    free += "EXPERIMENT TEMPERATURE TOP_K TOP_P MIN_P REP_PENALTY LENGTH SAMPLES PROMPTS"  # not in training
     name = "lm_control" if stage_number() < 0 else f"lm_stage{STAGE}"
     run = start(__file__, globals(), free.split(), name)
     data, ref = prepared or prepare(run.rank, run.world)
@@ -1870,7 +1868,7 @@ def train(prepared=None):
                 folder.mkdir(exist_ok=True)
                 rows, _ = preflight(ema, data, total, fast=True) if PREFLIGHT else ((), None)
                 (folder / "diagnose.txt").write_text("".join(line + "\n" for _, _, line in rows))
-                print("pre-flight: " + (", ".join(f"{number} {status}" for number, status, _ in rows) or "none"))
+                print("pre-flight:", ", ".join(f"{number} {status}" for number, status, _ in rows) or "none")
                 failed = [line for _, status, line in rows if status == "FAIL"]
                 if failed and not OVERRULE:
                     fail(f"{failed[0]}; OVERRULE=True trains all the same")

@@ -253,7 +253,7 @@ def test_a_fresh_optimizer_state_is_noticed(use):
     parent = Trainer(use, 0)
     parent.steps(3)
     assert lm.Optimizers(build(use, 1)).state_dict() == {} and len(parent.optimizer.state_dict()) >= 15
-    wrong = {n: {k: v[..., :1] for k, v in s.items()} for n, s in parent.optimizer.state_dict().items()}
+    wrong = {n: {k: v[..., :1] if v.ndim else v for k, v in s.items()} for n, s in parent.optimizer.state_dict().items()}
     with pytest.raises(ValueError, match="expected"):
         parent.optimizer.load_state_dict(wrong)
 
@@ -295,7 +295,7 @@ def test_who_may_grow_from_whom(use, capsys):
     for wrong in (dict(parent(0), vocabulary=300), dict(parent(0), tokenizer=dict(kind="bpe", merges=[]))):
         with pytest.raises(SystemExit) as end:
             lm.check_parent(wrong, data)
-        assert end.value.code == 2 and "they must be the same" in capsys.readouterr().err
+        assert end.value.code == 2 and "this run another one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
@@ -629,13 +629,13 @@ def moved(use, monkeypatch, steps, multiplier=1.0, gradient=1.0):
     return float((torch.cat([p.detach().flatten() for p in trainer.model.blocks[0].parameters()]) - before).norm())
 
 
-@pytest.mark.parametrize("opt", ("adamw", "muon"))
-def test_gradients_are_undone_learning_rates_are_not(use, monkeypatch, opt):
+@pytest.mark.parametrize("opt, gradient", (("adamw", 0.05), ("muon", 1 / 16)))  # Newton-Schulz amplifies rounding
+def test_gradients_are_undone_learning_rates_are_not(use, monkeypatch, opt, gradient):
     """Row 19: gradients times 0.05 give the same movement; a multiplier of 0.05 gives a twentieth; 0.5 halves
     the first step and 1 is plain training."""
-    use(OPT=opt, LR=3e-3, WEIGHT_DECAY=0.0)
+    use(OPT=opt, LR=3e-3, WEIGHT_DECAY=0.0, ZERO_INIT=False)  # gradients of a normal size from the start
     plain = moved(use, monkeypatch, 20)
-    assert moved(use, monkeypatch, 20, gradient=0.05) == pytest.approx(plain, rel=1e-3)
+    assert moved(use, monkeypatch, 20, gradient=gradient) == pytest.approx(plain, rel=1e-3)
     assert plain / moved(use, monkeypatch, 20, multiplier=0.05) == pytest.approx(20, rel=0.3)
     assert moved(use, monkeypatch, 1, multiplier=0.5) == pytest.approx(moved(use, monkeypatch, 1) / 2, rel=1e-3)
     assert moved(use, monkeypatch, 20, multiplier=1.0) == plain
@@ -1202,7 +1202,8 @@ def stub(folder, model, *rest):
     row = dict(value=1.0 - 0.1 * len(list(folder.parent.glob("epoch_*"))), floor=1.0, ceiling=None, better="lower", n=1)
     return {k: row for k in ("val_loss bits_per_byte token_ppl word_ppl distinct_2 real_words ngram_bits_per_byte "
             "bz2_bits_per_byte xz_bits_per_byte control_bits_per_byte").split()}
-real_report, script.report = script.report, stub
+script.report, script.draw_ladder, script.draw_samples = stub, lambda: None, lambda *a: None
+script.preflight = lambda *a, **k: ((), None)
 def at_call(name, number, action, of=script):
     "Run `action` just before call `number` (from 1) of a function."
     old, count = getattr(of, name), iter(range(1, 10**9))
@@ -1240,9 +1241,10 @@ def runs(zygote, corpus, tmp_path_factory):
     launch = launch_lm.__wrapped__(zygote, corpus, tmp_path_factory.mktemp("ladder"))
     run = launch("MAX_STEPS=6", "EPOCHS=1", "K1_DELAY=1", "K1_EVERY=1", fault="""
 real = {name: value for name, value in vars(script).items() if name.startswith("draw_") and name != "draw_batch"}
+always = ("draw_samples", "draw_loss", "draw_ladder")
 def report(folder, *rest, old=script.report):
     for name, value in real.items():
-        setattr(script, name, value if folder.parent.name == "lm_stage3" or name == "draw_samples" else lambda *a: None)
+        setattr(script, name, value if folder.parent.name == "lm_stage3" or name in always else lambda *a: None)
     return old(folder, *rest)
 script.report = report""")
     assert run.code == 0, run.output
@@ -1266,7 +1268,7 @@ def test_the_ladder_and_its_folders(runs):
         assert (folder / "best.pt").exists() and (folder / "train_lm.py").exists() and (folder / "log.csv").exists()
         for epoch in epochs:
             samples = (folder / epoch / "samples.txt").read_text()
-            assert samples.count("---") == 2 * len(lm.PROMPTS) and "The with statement" in samples
+            assert samples.count("---") == 2 * len(lm.PROMPTS) and "e with statement" in samples
             assert np.load(folder / epoch / "samples.npy").shape[0] == 6
         assert "PASS   3" in (folder / "epoch_0000" / "diagnose.txt").read_text()
         facts = json.loads((folder / "metrics.json").read_text())
@@ -1302,7 +1304,7 @@ def test_metrics_have_their_names_floors_and_ceilings(runs):
             assert last[name].keys() == {"value", "floor", "ceiling", "better", "n"}
             assert math.isfinite(last[name]["value"]), name
         assert last["bits_per_byte"]["floor"] == last["xz_bits_per_byte"]["value"]
-        assert last["real_words"]["ceiling"] == pytest.approx(1, abs=0.2)
+        assert 0 < last["real_words"]["ceiling"] <= 1 and last["distinct_2"]["n"] == 2
         assert last["token_ppl"]["value"] == pytest.approx(math.exp(last["val_loss"]["value"]), rel=1e-6)
         assert last["leak"]["value"] <= 1e-5
         assert 0 < last["val_bits_per_byte_overlapping"]["value"] < 8.1 and "test_loss_overlapping" in last
@@ -1355,10 +1357,9 @@ def test_killed_and_resumed_equals_unbroken(launch_lm, stage):
     at, name = [f"STAGE={stage}", *DROP], f"lm_stage{stage}"
     whole = launch_lm(*at, fault=STUB, out="whole")
     assert whole.code == 0 and len(log(whole.folder / name)) == 20, whole.output
-    saving = STUB + "at_call('draw_batch', 11, lambda: setattr(script, 'SAVE_SECONDS', -1.0))\n"
-    run = launch_lm(*at, "SAVE_SECONDS=0", fault=STUB + "at_call('draw_batch', 11, kill())")
+    run = launch_lm(*at, "SAVE_SECONDS=0", fault=STUB + "at_call('train_step', 11, kill())")
     assert run.code == -9 and state(run.folder / name)["step"] == 10, run.output
-    run = launch_lm(*at, fault=STUB + "at_call('draw_batch', 5, kill(signal.SIGTERM))")
+    run = launch_lm(*at, fault=STUB + "at_call('train_step', 5, kill(signal.SIGTERM))")
     assert run.code == 143 and state(run.folder / name)["step"] == 15, run.output
     assert "continuing after step 10 of 20" in run.output and "Traceback" not in run.output
     run = launch_lm(*at, fault=STUB)
@@ -1374,20 +1375,12 @@ def test_killed_and_resumed_equals_unbroken(launch_lm, stage):
     assert difference(state(other.folder / name)["model"], b["model"])  # the comparison sees a difference
     # again, finished: ends at once and changes nothing; with other settings: refused
     before = (run.folder / name / "last.pt").read_bytes()
-    assert launch_lm(*at, fault=STUB + "at_call('draw_batch', 1, kill())").code == 0
+    assert launch_lm(*at, fault=STUB + "at_call('train_step', 1, kill())").code == 0
     refused(launch_lm(*at, "DIM=64"), "DIM: 32 there, 64 now")
     refused(launch_lm(*at, "LR=0.01"), "LR: 0.02 there, 0.01 now")
     assert (run.folder / name / "last.pt").read_bytes() == before
-
-
-def test_history_does_not_depend_on_interruptions(launch_lm):
-    """The mean training loss beside a validation loss covers the same steps in a resumed run."""
-    at = ["STAGE=0", *DROP]
-    whole = launch_lm(*at, fault=STUB, out="whole")
-    launch_lm(*at, "SAVE_SECONDS=0", fault=STUB + "at_call('draw_batch', 11, kill())")
-    run = launch_lm(*at, fault=STUB)
-    histories = [state(r.folder / "lm_stage0")["history"] for r in (run, whole)]
-    assert np.array_equal(*histories, equal_nan=True), histories
+    # the mean training loss beside a validation loss covers the same steps, resumed or not
+    assert np.array_equal(a["history"], b["history"]), (a["history"], b["history"])
 
 
 def test_a_signal_between_stages_ends_the_ladder(launch_lm):
@@ -1399,15 +1392,14 @@ def test_a_signal_between_stages_ends_the_ladder(launch_lm):
 
 
 def test_a_leak_stops_the_run_before_any_number(launch_lm):
-    see = STUB.replace("script.report = script.report, stub", "script.report = script.report, script.report") + """
-script.causal_mask = lambda q, k, window=0, device=None: torch.ones(q, k, dtype=torch.bool)"""
+    see = "script.causal_mask = lambda q, k, window=0, device=None: torch.ones(q, k).bool()"
     run = launch_lm("STAGE=0", "MAX_STEPS=2", fault=see)
     refused(run, "cannot see the future", "blocks.0.attn", "OVERRULE")
     run = launch_lm("STAGE=0", "MAX_STEPS=2", "PREFLIGHT=False", fault=see)
     refused(run, "sees the future", "blocks.0.attn")
     assert "token ppl" not in run.output and not list(run.folder.rglob("metrics.json"))
     run = launch_lm("STAGE=0", "MAX_STEPS=2", "OVERRULE=True",
-                    fault=STUB + "script.causal_mask = lambda q, k, window=0, device=None: torch.ones(q, k).bool()")
+                    fault=STUB + see)
     assert run.code == 0, run.output
 
 
@@ -1426,8 +1418,10 @@ def worse(folder, *rest):
 script.report = worse"""
     run = launch_lm("STAGE=0", "EPOCHS=8", "BATCH_SIZE=32", "PATIENCE=2", fault=worse)
     assert run.code == 0, run.output
-    assert sorted(p.name for p in (run.folder / "lm_stage0").glob("epoch_*"))[-1] == "epoch_0002", run.output
-    assert common.load_checkpoint(run.folder / "lm_stage0" / "best.pt")["step"] == 0
+    assert sorted(p.name for p in (run.folder / "lm_stage0").glob("epoch_*"))[-1] == "epoch_0003", run.output
+    assert common.load_checkpoint(run.folder / "lm_stage0" / "best.pt")["step"] == 2
+    again = launch_lm("STAGE=0", "EPOCHS=8", "BATCH_SIZE=32", "PATIENCE=2", fault=worse)
+    assert again.code == 0 and len(log(run.folder / "lm_stage0")) == 6, again.output  # stopped is stopped
 
 
 BAD = {"STAGE=4": "one of ladder", "TOKENIZER=words": "one of byte", "HEADS=3": "even number",
@@ -1458,7 +1452,7 @@ def test_bad_texts_and_checkpoints(launch_lm, runs, corpus, tmp_path):
     refused(launch_lm("STAGE=1", f"INIT_FROM={stage2}"), "stage 2 cannot become stage 1")
     refused(launch_lm("STAGE=1", f"INIT_FROM={control}"), "the control cannot become stage 1")
     refused(launch_lm("STAGE=control", f"INIT_FROM={stage2}"), "stage 2 cannot become the control")
-    refused(launch_lm("STAGE=3", f"INIT_FROM={stage2}", "TOKENIZER=bpe", "VOCAB=300"), "257 tokens", "they must be the same")
+    refused(launch_lm("STAGE=3", f"INIT_FROM={stage2}", "TOKENIZER=bpe", "VOCAB=300"), "257 tokens")
     refused(launch_lm("STAGE=3", f"INIT_FROM={stage2}", "DIM=64"), "does not fit")
     refused(launch_lm("STAGE=3", f"INIT_FROM={stage2}", "DEPTH=3"), "does not fit")
     run = launch_lm("STAGE=0", "MAX_STEPS=2", fault=STUB)
