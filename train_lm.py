@@ -396,7 +396,6 @@ class HeadLoss(torch.autograd.Function):
     DIM), targets (B, T)."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
     def forward(ctx, x, weight, targets):
         low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         rows, w, y = x.flatten(0, 1), weight.to(low), targets.flatten()
@@ -536,11 +535,11 @@ class Optimizers:
                 ratio = (1.0 if inside or OPT == "adamw" else 0.4 if leaf == "head"
                          else 1.0 if name.startswith("embed") else 0.5)
                 adam.setdefault((leaf, ratio, WEIGHT_DECAY if inside else 0.0), []).append(p)
-        self.parts = [torch.optim.AdamW([dict(params=p, leaf=k[0], ratio=k[1], weight_decay=k[2])
-                                         for k, p in adam.items()], 0.0, (0.8, 0.95), 1e-10, fused=True)]
+        groups = [dict(params=p, leaf=k[0], ratio=k[1], weight_decay=k[2]) for k, p in adam.items()]
+        self.parts = [torch.optim.AdamW(groups, 0.0, (0.8, 0.95), 1e-10, fused=True)]
         if muon:
-            self.parts.append(Muon([dict(params=p, leaf=k[0], ratio=k[1]) for k, p in muon.items()],
-                                   WEIGHT_DECAY))
+            groups = [dict(params=p, leaf=k[0], ratio=k[1]) for k, p in muon.items()]
+            self.parts.append(Muon(groups, WEIGHT_DECAY))
 
     @property
     def param_groups(self):
@@ -825,12 +824,11 @@ def score(model, tokens, stride, batch=32):
     done = 0
     for i in range(0, len(starts), batch):
         some = starts[i:i + batch]
-        ids = torch.from_numpy(np.stack([tokens[s:s + CONTEXT + 1]
-                                         for s in some]).astype(np.int64)).to(device)
+        windows = np.stack([tokens[s:s + CONTEXT + 1] for s in some]).astype(np.int64)
+        ids = torch.from_numpy(windows).to(device)
         with autocast(device):
             logits = model(ids[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(some),
-                                                                                                  -1)
+        loss = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none")  # (windows, CONTEXT)
         for s, row in zip(some, loss.double().cpu().numpy()):
             nats[done:s + CONTEXT] = row[done - s:]
             place[done:s + CONTEXT] = np.arange(done - s, CONTEXT)
@@ -1201,13 +1199,11 @@ def draw_credit(folder, credit, leaves):
     table = np.array(credit, float)
     shares, factors = table[:, 1:1 + len(leaves)], table[:, 1 + len(leaves):]
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    for ax, values, name, limits in ((axes[0], shares, "credit", (0, shares.max())),
-                                     (axes[1], np.log2(factors), "log2 of the learning rate's factor",
-                                      (-2, 2))):
-        shown = ax.imshow(values.T, aspect="auto", cmap="viridis" if name == "credit" else "RdBu_r",
-                          vmin=limits[0],
-                          vmax=limits[1], interpolation="nearest",
-                          extent=(0, table[-1, 0], len(leaves) - .5, -.5))
+    look = dict(aspect="auto", interpolation="nearest",
+                       extent=(0, table[-1, 0], len(leaves) - .5, -.5))
+    left = axes[0].imshow(shares.T, cmap="viridis", vmin=0, **look)
+    right = axes[1].imshow(np.log2(factors).T, cmap="RdBu_r", vmin=-2, vmax=2, **look)
+    for ax, shown, name in ((axes[0], left, "credit"), (axes[1], right, "log2 of the rate's factor")):
         ax.set(xlabel="optimizer step", title=name)
         ax.set_yticks(range(len(leaves)), leaves, size=7)
         figure.colorbar(shown, ax=ax)
@@ -1355,8 +1351,8 @@ def check_noise(c):
     copied = quick_training(lambda step: period[step].repeat(1, 3)[:, :33], 300, 65)[-20:]
     honest, learns = noise >= math.log(64) - 0.05, np.mean(copied) < 0.75 * math.log(64)
     return honest and (learns or None), (
-        f"loss on random tokens {noise:.3f} (ln 64 = {math.log(64):.3f}); on text that repeats itself "
-        f"{np.mean(copied):.2f}")
+        f"loss on random tokens {noise:.3f} (ln 64 = {math.log(64):.3f}); on text of which every "
+        f"second half repeats the first {np.mean(copied):.2f}")
 
 
 def check_order(c):
@@ -1558,9 +1554,10 @@ def preflight(model, data, total, fast):
             optimizer.step()
             optimizer.zero_grad()
         c.seconds = (time.monotonic() - clock) / 7 * ACCUM
-        c.updates = {n: float((p - before[n]).norm() / p.norm().clamp(min=1e-9))
-                     for n, p in c.trained.named_parameters() if p.ndim == 2 and before[n].norm() > 0.1
-                     * p.norm()}
+        with torch.no_grad():  # what started at zero grows by its own size: no measure
+            began = {n for n, p in model.named_parameters() if p.ndim == 2 and p.any()}
+            c.updates = {n: float((p - before[n]).norm() / p.norm())
+                         for n, p in c.trained.named_parameters() if n in began}
         c.trained.eval()
     rows = []
     for number, what, check, quick, remedy in table:
@@ -1733,9 +1730,8 @@ def inference_full(checkpoint, folder, log):
     history = [row for row in checkpoint["history"] if row[0] < step]
     loss = next((row[1] for row in checkpoint["history"] if row[0] == step), math.nan)
     so_far = SimpleNamespace(step=step, train_loss=loss, history=history, credit=checkpoint["credit"],
-                             log=log,
-                             speed=BATCH_SIZE * ACCUM * CONTEXT * step / seconds if seconds else math.nan,
-                             control=control_bits(), last=step == total_steps(data))
+                             log=log, control=control_bits(), last=step == total_steps(data),
+                             speed=BATCH_SIZE * ACCUM * CONTEXT * step / seconds if seconds else math.nan)
     return report(folder, build_ema(checkpoint, device), data, ref, so_far)
 
 
@@ -1826,8 +1822,7 @@ def train(prepared=None):
         return common.save_checkpoint(
             path, run, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
             guard=dict(vars(guard)), scores=dict(credit.scores), seen=credit.seen, **vars(at),
-                                      stage=model.stage,
-            vocabulary=data.V, tokenizer=data.tokenizer.state(), data=data.hash)
+            stage=model.stage, vocabulary=data.V, tokenizer=data.tokenizer.state(), data=data.hash)
 
     def save_last():
         return save(last) if guard.healthy or at.step >= total else True
@@ -1893,14 +1888,14 @@ def train(prepared=None):
             if run.rank == 0:
                 save_last()
                 folder, paused, metrics = run.folder / f"epoch_{epoch:04d}", time.monotonic(), None
-                speed = BATCH_SIZE * ACCUM * CONTEXT * at.step / at.seconds if at.seconds else math.nan
-                so_far = SimpleNamespace(step=at.step, train_loss=float(np.mean(losses[-100:] or [math.nan])),
-                                         history=at.history, credit=at.credit, speed=speed, log=log,
-                                         control=control_bits(), last=at.step == total)
+                so_far = SimpleNamespace(
+                    step=at.step, train_loss=float(common.read_log(log)["loss"][-100:].mean()), log=log,
+                    history=at.history, credit=at.credit, control=control_bits(), last=at.step == total,
+                    speed=BATCH_SIZE * ACCUM * CONTEXT * at.step / at.seconds)
                 with run.evaluation():
                     metrics = report(folder, ema, data, ref, so_far, board)
-                    common.save_metrics(run, folder, metrics, seconds=round(at.seconds, 1),
-                                        parameters=parameters)
+                    facts = dict(seconds=round(at.seconds, 1), parameters=parameters)
+                    common.save_metrics(run, folder, metrics, **facts)
                 clock += time.monotonic() - paused  # `seconds` counts training alone
                 if run.signal:
                     continue
