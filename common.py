@@ -608,13 +608,16 @@ def tile(pictures, title="", titles=None, rows=None, columns=None, cell=1.0):
 def save_metrics(run, folder, metrics, **facts):
     """metrics.json in the epoch folder and, with facts of the whole run, in the run folder. metrics: name ->
     dict with value, floor (trivial predictor), ceiling (real held-out data), better, n; None where
-    one does not apply."""
+    one does not apply or is not finite, for which JSON has no word."""
+    def known(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
     order = ("value", "floor", "ceiling", "better", "n")
-    table = {k: {o: m.get(o) for o in order} for k, m in metrics.items()}
+    table = {k: {o: known(m.get(o)) for o in order} for k, m in metrics.items()}
     text = json.dumps(table, indent=1)
     (Path(folder) / "metrics.json").write_text(text)
     if run is not None:
-        facts = dict(facts, device=str(run.device), threads=torch.get_num_threads(), world=run.world)
+        facts = {k: known(v) for k, v in facts.items()}
+        facts |= dict(device=str(run.device), threads=torch.get_num_threads(), world=run.world)
         (run.folder / "metrics.json").write_text(json.dumps({**table, **facts}, indent=1))
 
 

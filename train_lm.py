@@ -134,8 +134,7 @@ EXPERIMENTS = {
 
 # ---------------------------------------------------------------- data
 def load_data(cache):
-    """The corpus, its tokenizer, its tokens (train, val, test: arrays) and what trivial predictors
-    achieve."""
+    """The corpus, its tokenizer and its tokens: arrays train, val, test."""
     try:
         corpus = text.load(DATA, cache)
         tokenizer = text.tokenizer(TOKENIZER, VOCAB, corpus.train, cache, MERGES or None)
@@ -219,8 +218,7 @@ class MU(nn.Module):
         return self.join(rearrange(self.blocks(ids), "b t n k -> b t (n k)"))
 
     def key(self, ids):
-        """What the graph compares: blocks I, R2, K (plain: everything) as a unit vector, (B, T, k),
-        detached."""
+        """What the graph compares: blocks I, R2, K (plain: everything), a unit vector (B, T, k), detached."""
         u = self.blocks(ids).detach()
         u = u if self.gate is None else u[:, :, [self.names.index(n) for n in ("I", "R2", "K")]]
         return F.normalize(u.flatten(2).float(), dim=-1)
@@ -238,9 +236,8 @@ def recency(ids, new):
     distance = u * torch.log2(1 + (i - last).float()) / 10
     wave = 2 * math.pi * distance
     place = (torch.log2(1 + i.float()) / 10).expand_as(u)
-    return torch.stack([u, distance, u * wave.sin(), u * wave.cos(), u * (2 * wave).sin(),
-                        u * (2 * wave).cos(),
-                        torch.log2(1 + count.float()) / 10, place], -1)
+    waves = [u * wave.sin(), u * wave.cos(), u * (2 * wave).sin(), u * (2 * wave).cos()]
+    return torch.stack([u, distance, *waves, torch.log2(1 + count.float()) / 10, place], -1)
 
 
 class Temporal(nn.Module):
@@ -286,8 +283,7 @@ def edges(u, new):
 
 
 class Block(nn.Module):
-    """x + attention, x + MLP. From the second layer on, values are mixed with the first layer's (Zhou
-    2024)."""
+    """x + attention, x + MLP. Later layers mix the first one's values into theirs (Zhou 2024)."""
 
     def __init__(self, hidden, first, routed):
         super().__init__()
@@ -308,8 +304,7 @@ class Block(nn.Module):
         return bias.masked_fill(~seen, -math.inf)
 
     def attention(self, q, k, v, mask, kinds, pressure):
-        """(B, H, Nq, head_dim). With a graph the first half of the heads see its edges, the rest
-        everything."""
+        """(B, H, Nq, head_dim). With a graph the first half of the heads see its edges alone."""
         if kinds is None:
             return attend(q, k, v, mask)
         n = len(self.beta)
@@ -345,8 +340,7 @@ class LM(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Matrices 1/sqrt(inputs); the last one of every branch and the head zero, so the first loss is ln
-        V."""
+        """Matrices 1/sqrt(inputs); head and last matrix of every branch zero: the first loss is ln V."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, std=m.in_features**-0.5)
@@ -400,14 +394,15 @@ class HeadLoss(torch.autograd.Function):
         low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         rows, w, y = x.flatten(0, 1), weight.to(low), targets.flatten()
         dx, dw, loss = torch.empty_like(rows), torch.zeros_like(weight), torch.zeros((), device=x.device)
-        size = max(16, 2**20 // len(weight))
+        size = max(16, 2**24 // len(weight))  # 64 MiB of logits at a time
         for i in range(0, len(rows), size):
             h, target = rows[i:i + size].to(low), y[i:i + size, None]
             z = (h @ w.T).float()
             if SOFT_CAP:
                 z = z.div_(SOFT_CAP).tanh_().mul_(SOFT_CAP)
-            loss += (z.logsumexp(1) - z.gather(1, target)[:, 0]).sum()
-            p = z.softmax(1)
+            p = z.log_softmax(1)
+            loss -= p.gather(1, target).sum()
+            p.exp_()
             p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
             if SOFT_CAP:
                 p.mul_(1 - (z / SOFT_CAP).square_())
@@ -519,8 +514,7 @@ class Muon(torch.optim.Optimizer):
 
 class Optimizers:
     """Muon for the matrices inside, AdamW for embeddings, head and scalars, behind one step(). Groups are the
-    leaves of K-1's tree; each knows its ratio to LR. State by parameter name, so that a stage can inherit
-    it."""
+    leaves of K-1's tree; each knows its ratio to LR. Its state goes by name, so that a stage inherits it."""
 
     def __init__(self, model):
         self.names = dict(model.named_parameters())
@@ -554,8 +548,8 @@ class Optimizers:
             part.zero_grad(set_to_none)
 
     def state_dict(self):
-        return {name: dict(part.state[p]) for part in self.parts for name,
-                p in self.names.items() if p in part.state}
+        return {name: dict(part.state[p]) for part in self.parts for name, p in self.names.items()
+                if p in part.state}
 
     def load_state_dict(self, state):
         """Parameters without a saved state start afresh; a state of another shape is a ValueError."""
@@ -596,11 +590,13 @@ class Credit:
 
     @torch.no_grad()
     def observe(self):
-        """Look at the gradients of one step."""
-        for leaf, ps in self.leaves.items():
-            score = float(sum((p.grad.abs() * (p.abs() + 0.02)).sum() for p in ps if p.grad is not None))
-            self.scores[leaf] = 0.95 * self.scores[leaf] + 0.05 * score  # the bias is common and cancels
-        self.seen += 1
+        """Look at the gradients of one step; those that are not finite say nothing."""
+        found = {leaf: float(sum((p.grad.abs() * (p.abs() + 0.02)).sum() for p in ps if p.grad is not None))
+                 for leaf, ps in self.leaves.items()}
+        if all(map(math.isfinite, found.values())):
+            for leaf, score in found.items():
+                self.scores[leaf] = 0.95 * self.scores[leaf] + 0.05 * score  # the bias is common and cancels
+            self.seen += 1
 
     def credits(self):
         """leaf -> share of the credit; sums to one."""
@@ -640,7 +636,7 @@ class Credit:
 
 def rate(step, total):
     """Share of the peak learning rate at optimizer step `step`: warm-up, constant, linear to zero."""
-    warmup = min(WARMUP, max(1, total // 10))
+    warmup = max(1, min(WARMUP, total // 10))
     return min(1.0, (step + 1) / warmup, (total - step) / max(1.0, COOLDOWN * total))
 
 
@@ -648,11 +644,10 @@ def set_rates(optimizer, credit, step, total, scale=1.0):
     """Every group's learning rate: its ratio to LR, the schedule, and from stage 2 on K-1's multiplier, which
     comes in slowly: with a zero head only the head has a gradient at first and would take all the credit."""
     r = min(1.0, max(0.0, (step - K1_DELAY) / max(1, K1_DELAY))) if stage_number() >= 2 else 0.0
-    m = credit.multipliers() if r > 0 else {}
+    m, lr = credit.multipliers() if r > 0 else {}, LR * rate(step, total) * scale
     for group in optimizer.param_groups:
-        group["lr"] = LR * group["ratio"] * rate(step,
-                                                 total) * scale * (1 + r * (m.get(group["leaf"], 1.0) - 1))
-    return LR * rate(step, total) * scale
+        group["lr"] = lr * group["ratio"] * (1 + r * (m.get(group["leaf"], 1.0) - 1))
+    return lr
 
 
 def set_pressure(model, step, total):
@@ -803,7 +798,7 @@ def leak(model, ids, places=(1, 3, 7, 15, 31, 32)):
             shift = 1 + torch.arange(ids.shape[1] - p, device=ids.device) % 7
             other[:, p:] = (ids[:, p:] + shift) % model.vocabulary
             moved, after = run(other)
-            worst = max(worst, float((moved - logits)[:, :p].abs().max()))
+            worst = max(float((moved - logits)[:, :p].abs().nan_to_num(math.inf).max()), worst)
             for (name, a), (_, b) in zip(before, after):
                 if not culprit and a.ndim == 3 and a.shape[:2] == ids.shape:
                     culprit = name if (a - b)[:, :p].abs().max() > 1e-5 else ""
@@ -1152,8 +1147,7 @@ def draw_mu(folder, model, data, count=40):
                            interpolation="nearest")
     axes[1].set_title("gates of the most frequent tokens", size=9)
     axes[1].set_xticks(range(len(frequent)),
-                       [label(data.tokenizer.decode([int(i)])) for i in frequent],
-                       rotation=90, size=6)
+                       [label(data.tokenizer.decode([int(i)])) for i in frequent], rotation=90, size=6)
     axes[0].set_xticks(range(16), MU.names, size=7)
     for ax in axes:
         ax.set_yticks(range(16), MU.names, size=7)
@@ -1199,8 +1193,7 @@ def draw_credit(folder, credit, leaves):
     table = np.array(credit, float)
     shares, factors = table[:, 1:1 + len(leaves)], table[:, 1 + len(leaves):]
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    look = dict(aspect="auto", interpolation="nearest",
-                       extent=(0, table[-1, 0], len(leaves) - .5, -.5))
+    look = dict(aspect="auto", interpolation="nearest", extent=(0, table[-1, 0], len(leaves) - 0.5, -0.5))
     left = axes[0].imshow(shares.T, cmap="viridis", vmin=0, **look)
     right = axes[1].imshow(np.log2(factors).T, cmap="RdBu_r", vmin=-2, vmax=2, **look)
     for ax, shown, name in ((axes[0], left, "credit"), (axes[1], right, "log2 of the rate's factor")):
@@ -1215,8 +1208,7 @@ def draw_credit(folder, credit, leaves):
 
 @torch.no_grad()
 def attention_mass(model, ids):
-    """Where routed heads look: share of their attention by edge type, (DEPTH, H/2, 5), mean over
-    positions."""
+    """Where routed heads look: share of attention by edge type, (DEPTH, H/2, 5), mean over positions."""
     found, hooks = [], []
 
     def look(block, inputs):
@@ -1283,8 +1275,8 @@ def changed(**values):
 def quick_training(batch, steps, vocabulary, width=32, depth=2, heads=2, rate_of=0.02):
     """Losses of a small copy of STAGE trained for `steps`; batch(step) gives ids (B, T + 1)."""
     with changed(DIM=width, MU_DIM=width, HEADS=heads, DEPTH=depth, DROPOUT=0.0, LR=rate_of, WARMUP=5,
-                GRAPH_RAMP=0.3,
-                K1_DELAY=20, CONTEXT=batch(0).shape[1] - 1, MATCH=min(MATCH, max(0, stage_number()))):
+                 GRAPH_RAMP=0.3, K1_DELAY=20, CONTEXT=batch(0).shape[1] - 1,
+                 MATCH=min(MATCH, max(0, stage_number()))):
         model = build_model(vocabulary)
         optimizer, credit, losses = Optimizers(model), Credit(model), []
         for step in range(steps):
@@ -1505,8 +1497,8 @@ def check_unigram(c):
 def check_text(c):
     """17"""
     prompt = torch.tensor([c.data.tokenizer.encode("The capital of India is")[-CONTEXT:]])
-    out = [c.data.tokenizer.decode(sample(c.trained, prompt, 12, 0,
-                                          temperature=t)[0].tolist()) for t in (0.0, 0.8)]
+    out = [c.data.tokenizer.decode(sample(c.trained, prompt, 12, 0, temperature=t)[0].tolist())
+           for t in (0.0, 0.8)]
     return True, f"after 10 steps, greedy {out[0]!r}, drawn {out[1]!r}"
 
 
@@ -1643,9 +1635,10 @@ def draw_ladder():
         done = 0 if name == "lm_control" else start_at + history[-1, 0]
         rows.append([start_at + history[-1, 0], value["bits_per_byte"], value["token_ppl"],
                      value["word_ppl"]])
+        overlapping = value.get("val_bits_per_byte_overlapping", math.nan)  # a run that ended early has none
         lines.append(f"| {name[3:]} | {m['parameters']:,} | {int(rows[-1][0]):,} | "
                      f"{value['bits_per_byte']:.4f} | "
-                     f"{value['val_bits_per_byte_overlapping']:.4f} | {value['token_ppl']:.2f} | "
+                     f"{overlapping:.4f} | {value['token_ppl']:.2f} | "
                      f"{value['word_ppl']:.0f} | {m['seconds']:.0f} |")
     for name, style in (("ngram", "--"), ("bz2", "-."), ("xz", "-")):
         ax.axhline(value[f"{name}_bits_per_byte"], color="k", lw=0.8, ls=style, label=name)
@@ -1674,12 +1667,11 @@ def check_settings(world=1):
         if globals()[name] <= 0:
             fail(f"{name}={globals()[name]} must be above 0")
     ranges = dict(CONTEXT=(4, 2**20), DROPOUT=(0, 0.99), EMA_DECAY=(0, 1), WEIGHT_DECAY=(0, 10),
-                  COOLDOWN=(0, 1),
-                  CLIP=(1e-9, math.inf), SEED=(0, 2**63 - 1), K1_ALPHA=(0, 10), K1_KAPPA=(1e-3, 100),
-                  GRAPH_RAMP=(0, 1), GRAPH_WINDOW=(0, 2**20), MATCH=(0, 3), TEMPERATURE=(0, 100),
-                  TOP_K=(0, 2**20),
-                  TOP_P=(1e-9, 1), MIN_P=(0, 1), REP_PENALTY=(0.1, 10), SOFT_CAP=(0, 1000), EPOCHS=(0, 10**9),
-                  MAX_STEPS=(0, 10**12), PATIENCE=(0, 10**9))
+                  COOLDOWN=(0, 1), CLIP=(1e-9, math.inf), SEED=(0, 2**63 - 1), K1_ALPHA=(0, 10),
+                  K1_KAPPA=(1e-3, 100), GRAPH_RAMP=(0, 1), GRAPH_WINDOW=(0, 2**20), MATCH=(0, 3),
+                  TEMPERATURE=(0, 100), TOP_K=(0, 2**20), TOP_P=(1e-9, 1), MIN_P=(0, 1),
+                  REP_PENALTY=(0.1, 10), SOFT_CAP=(0, 1000), EPOCHS=(0, 10**9), MAX_STEPS=(0, 10**12),
+                  PATIENCE=(0, 10**9), WARMUP=(0, 10**9))
     for name, (low, high) in ranges.items():
         if not low <= globals()[name] <= high:
             fail(f"{name}={globals()[name]} must lie between {low:g} and {high:g}")
@@ -1689,8 +1681,14 @@ def check_settings(world=1):
         fail(f"HEADS={HEADS}: stage 3 routes the first half of the heads and needs 2")
     if MU_DIM % 16:
         fail(f"MU_DIM={MU_DIM} does not divide into 16 blocks")
+    if CONVERT and CONVERT < 1:
+        fail(f"CONVERT={CONVERT:g}: a perplexity is 1 or more")
+    if not PROMPTS or not all(PROMPTS):
+        fail(f"PROMPTS={PROMPTS!r}: give at least one text, and none that is empty")
     if EPOCHS == 0 and MAX_STEPS == 0:
         fail("EPOCHS=0 and MAX_STEPS=0: give one of them")
+    if PATIENCE and world > 1:
+        fail(f"PATIENCE={PATIENCE} is for one process: the others would not know that the first one stopped")
     if BATCH_SIZE % world:
         fail(f"BATCH_SIZE={BATCH_SIZE} does not divide over {world} processes")
 
@@ -1712,10 +1710,9 @@ def prepare(rank=0, world=1):
 
 def build_ema(checkpoint, device):
     """The model of a checkpoint, ready to sample."""
-    model = build_model(checkpoint["vocabulary"],
-                        str(checkpoint["stage"])).to(device).eval().requires_grad_(False)
+    model = build_model(checkpoint["vocabulary"], str(checkpoint["stage"])).to(device)
     common.load_strictly(model, checkpoint["ema"], "the checkpoint")
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def inference_full(checkpoint, folder, log):
@@ -1797,14 +1794,16 @@ def control_bits():
         return None
 
 
-def train(prepared=None):
-    """One stage from its start, or from where it stopped, to its end. prepared: (data, ref) of the stage
-    before, on the same text. Returns the run and (data, ref)."""
+def train(before=None):
+    """One stage from its start, or from where it stopped, to its end. before: what this returned for the
+    stage before, whose text and signal go on. Returns (run, data, ref)."""
     free = "EVAL_EVERY SAVE_SECONDS TENSORBOARD COMPILE PREFLIGHT DIAGNOSE OVERRULE CONVERT PATIENCE "
     free += "EXPERIMENT TEMPERATURE TOP_K TOP_P MIN_P REP_PENALTY LENGTH SAMPLES PROMPTS"  # not in training
     name = "lm_control" if stage_number() < 0 else f"lm_stage{STAGE}"
     run = start(__file__, globals(), free.split(), name)
-    data, ref = prepared or prepare(run.rank, run.world)
+    if before is not None:
+        run.signal = before[0].signal  # it may have come between two stages
+    data, ref = before[1:] if before is not None else prepare(run.rank, run.world)
     torch.manual_seed(SEED)
     model = build_model(data.V).to(run.device)
     parent = parent_of() if run.checkpoint is None else None
@@ -1908,11 +1907,11 @@ def train(prepared=None):
                     at.best, at.best_step = float(metrics["val_loss"]["value"]), at.step
                     save(run.folder / "best.pt")
                 written = save_last()
-                if PATIENCE and at.step - at.best_step >= PATIENCE * EVAL_EVERY * per_epoch:
-                    tqdm.write(f"no better for {PATIENCE} reports: stopped; best.pt is step {at.best_step}")
-                    break
             continue
         if at.step >= total:
+            break
+        if PATIENCE and at.reported == at.step and at.step - at.best_step >= PATIENCE * EVAL_EVERY * per_epoch:
+            tqdm.write(f"no better for {PATIENCE} reports: stopped; best.pt is step {at.best_step}")
             break
 
         loss, lr, norm = train_step(handle, model, ema, optimizer, credit, guard, data, at.step, total, run)
@@ -1953,7 +1952,7 @@ def train(prepared=None):
         print(f"stopped by signal {run.signal} after step {at.step}; start again to continue", flush=True)
     elif run.rank == 0 and not written:
         fail(f"the run is complete but its last checkpoint is not: make room and start again to write {last}")
-    return run, (data, ref)
+    return run, data, ref
 
 
 def main():
@@ -1966,10 +1965,11 @@ def main():
     if STAGE == "ladder":  # the control sees as many tokens as all four stages together
         plan = [dict(STAGE="control", EPOCHS=4 * EPOCHS, MAX_STEPS=4 * MAX_STEPS),
                 *(dict(STAGE=stage) for stage in "0123")]
-    prepared = None
+    before = None
     for stage in plan:
         with changed(**stage):
-            run, prepared = train(prepared)
+            before = train(before)
+        run = before[0]
         if run.signal:
             break
     if STAGE == "ladder" and run.rank == 0 and not run.signal:

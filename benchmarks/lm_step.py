@@ -4,21 +4,22 @@ Speed of train_lm.py on a CPU beside nanoGPT: a training step, generation, and o
     step     = batch drawn, forward, loss, backward, gradient norm, optimizer update
     work     = 16 windows of 256 random tokens, 6 layers, 6 heads, 384 wide, no dropout
     generate = 512 tokens after one, one text, vocabulary 256, a window that holds them all
-    quality  = nanoGPT's budget for a CPU: tinyshakespeare, 2,000 steps of 12 x 64 characters, 4 layers 128 wide
+    quality  = nanoGPT's run for a CPU: tinyshakespeare, 2,000 steps of 12 x 64 characters, 4 layers, 128 wide
 
     git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/lm_step.py --nanogpt nanoGPT                     training steps and generation, two rounds
+    python benchmarks/lm_step.py --nanogpt nanoGPT                   training steps and generation, two rounds
     python benchmarks/lm_step.py --nanogpt nanoGPT --only fp32 --vocabularies 256
-    python benchmarks/lm_step.py --nanogpt nanoGPT --quality --text input.txt --seeds 3        what both learn
+    python benchmarks/lm_step.py --nanogpt nanoGPT --quality --text input.txt --seeds 3      what both learn
 
-Without --nanogpt its rows are left out. Each row runs in a process of its own, since peak memory and the state
-of the allocator leak from one into the next. The rows take turns, round after round, so a busy machine
+Without --nanogpt its rows are left out. Each row runs in a process of its own, since peak memory and the
+state of the allocator leak from one into the next. The rows take turns, round after round, so a busy machine
 disturbs all of them; ratios are medians over the rounds of ratios WITHIN a round. Tokens per second are wall
 time; core-ms (all threads added, waiting not counted) vary less where others use the cores too.
 
-"as its train.py" is nanoGPT on a CPU: fp32, no autocast, AdamW as its configure_optimizers builds it, gradient
-clipped to 1. "tricks" gives it what our script gives itself: fused AdamW, an allocator that keeps large blocks
-and, in the rows that say so, bf16 autocast. torch.compile is off everywhere.
+"as its train.py" is nanoGPT on a CPU: fp32, no autocast, AdamW as its configure_optimizers builds it, the
+gradient clipped to norm 1. "tricks" gives it what our script gives itself: fused AdamW, an allocator that
+keeps large blocks and, in the rows that say so, bf16 autocast. torch.compile is off everywhere. bf16 pays
+where the processor multiplies it, which the line above the tables says; elsewhere it is emulated.
 
 What is equal and what is not:
     work      a step of ours is train_step() of the script: besides forward, backward and update it draws its
@@ -167,8 +168,8 @@ def our_step(args, bf16, settings):
             return train_lm.loss_fn(model, train_lm.draw_batch(data, 0)[:count])
 
     def step(i):
-        # step 500 of 1,000: K-1 and the graph act fully; it is one of those that look at the gradients
-        train_lm.train_step(model, model, ema, optimizer, credit, guard, data, 499 + i, 1000, run)
+        # around step 500 of 1,000: K-1 and the graph act fully, and 500 is one that looks at the gradients
+        train_lm.train_step(model, model, ema, optimizer, credit, guard, data, 498 + i, 1000, run)
         if guard.skipped:
             raise SystemExit("the guard refused a step: its time would not be the time of a step")
 
@@ -186,10 +187,11 @@ def measure_step(args):
     with FlopCounterMode(display=False) as update:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    step(0)  # warm-up
+    for i in range(2):  # warm-up: the allocator has all its blocks after the second
+        step(i)
     start, start_cores = time.perf_counter(), time.process_time()
     for i in range(args.steps):
-        step(1 + i)
+        step(2 + i)
     seconds, cores = time.perf_counter() - start, time.process_time() - start_cores
     batch, tokens = SHAPE["BATCH_SIZE"], args.steps * SHAPE["BATCH_SIZE"] * SHAPE["CONTEXT"]
     gflop = (batch * counter.get_total_flops() + update.get_total_flops()) / 1e9
@@ -221,7 +223,7 @@ def measure_generate(args):
 
 
 class Logits(torch.nn.Module):
-    """nanoGPT as train_lm.score() calls a model: logits of every position, which it gives with targets alone."""
+    """nanoGPT as train_lm.score() calls a model: it gives the logits of all positions with targets alone."""
 
     def __init__(self, model):
         super().__init__()
@@ -320,8 +322,8 @@ def print_steps(results, vocabulary):
 
 
 def print_generate(results, args):
-    print(f"\n{args.length} tokens, one text, V = 256, fp32\n\n| row | tokens/s | min .. max | core-ms a token "
-          "| parameters | peak GB |\n" + "|---" * 6 + "|")
+    print(f"\n{args.length} tokens, one text, V = 256, fp32\n\n| row | tokens/s | min .. max "
+          "| core-ms a token | parameters | peak GB |\n" + "|---" * 6 + "|")
     for row, rounds in results.items():
         speeds = [r["tokens_per_s"] for r in rounds]
         print(f"| {row} | {median(speeds):.1f} | {min(speeds):.1f} .. {max(speeds):.1f} "
@@ -381,7 +383,7 @@ def main():
     if args.row:
         return child(args)
     if args.nanogpt is None:
-        print("nanoGPT's rows are left out: git clone https://github.com/karpathy/nanoGPT, then --nanogpt nanoGPT")
+        print("nanoGPT's rows are left out: git clone https://github.com/karpathy/nanoGPT and give --nanogpt")
 
     def chosen(table):
         return [row for row in table if any(part in row for part in args.only.split("|"))
@@ -396,8 +398,8 @@ def main():
         for row, more in jobs:
             found = in_own_process(row, args, **more, **(dict(seed=i) if args.quality else {}))
             results.setdefault(more.get("vocabulary"), {}).setdefault(row, []).append(found)
-    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds of {args.steps} "
-          f"steps; bf16 in hardware: {torch.cpu._is_avx512_bf16_supported()}")
+    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds of "
+          f"{args.steps} steps; bf16 in hardware: {torch.cpu._is_avx512_bf16_supported()}")
     for vocabulary, found in results.items():
         if vocabulary is not None:
             print_steps(found, vocabulary)

@@ -222,7 +222,7 @@ def test_noise_is_learned_without_a_mask(use, monkeypatch):
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_first_loss_is_ln_v(use, stage):
     model, ids = build(use, stage), tokens(4, 33)
-    assert abs(float(lm.loss_fn(model, ids)) - math.log(V)) <= 1e-4
+    assert abs(float(lm.loss_fn(model, ids).detach()) - math.log(V)) <= 1e-4
     assert not model(ids[:, :-1]).any()
     use(ZERO_INIT=False)
     assert abs(float(lm.loss_fn(build(use, stage), ids)) - math.log(V)) > 0.02
@@ -416,7 +416,7 @@ def slow_edges(u, window, k, least, horizon=None):
     return kinds
 
 
-@pytest.mark.parametrize("window, k, least", ((4, 3, 0.05), (0, 1, 0.05), (8, 8, 0.3), (2, 100, -1.0), (1, 2, 1.5)))
+@pytest.mark.parametrize("window, k, least", ((4, 3, 0.05), (14, 2, 0.05), (0, 1, 0.05), (8, 8, 0.3), (2, 100, -1.0), (1, 2, 1.5)))
 def test_edges_are_their_definitions(use, window, k, least):
     use(GRAPH_WINDOW=window, GRAPH_K=k, GRAPH_MIN=least)
     u = F.normalize(randn(3, 64, 5), dim=-1)
@@ -846,7 +846,8 @@ def test_the_hard_switch_is_invisible_and_the_graph_is_not(use):
         model.pressure.fill_(pressure)
         out[pressure] = model(ids)
     assert (out[29.99] - out[30.0]).abs().max() <= 1e-6
-    assert (out[0.0] - out[30.0]).abs().max() > 1e-2 and (out[0.0] - out[3.0]).abs().max() > 1e-2
+    for a, b in ((0.0, 30.0), (0.0, 3.0), (3.0, 30.0)):
+        assert (out[a] - out[b]).abs().max() > 1e-3
 
 
 def test_routed_heads_look_along_edges_only(use):
