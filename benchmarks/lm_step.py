@@ -68,7 +68,7 @@ sys.path.insert(0, str(ROOT))
 import common
 import train_lm
 
-SHAPE = dict(DIM=384, MU_DIM=384, DEPTH=6, HEADS=6, DROPOUT=0.0, BATCH_SIZE=16, CONTEXT=256)
+SHAPE = dict(DIM=384, MU_DIM=384, DEPTH=6, HEADS=6, MLP_RATIO=4, DROPOUT=0.0, BATCH_SIZE=16, CONTEXT=256)
 ADAMW = dict(OPT="adamw", LR=3e-3, CLIP=1.0)
 
 # row: (network, bf16, tricks, settings of our script)
