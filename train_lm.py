@@ -317,7 +317,7 @@ class Block(nn.Module):
         q, k, v = self.attn.qkv(self.norm_1(x), turn)  # (B, H, n, head_dim)
         new = v if v_1 is None else v_1
         if self.mix is not None:
-            v = self.mix * v + (1 - self.mix) * v_1
+            v = torch.lerp(v_1, v, self.mix)
         if cache is not None:
             k, v = cache.append(k, v)
         x = x + self.drop(self.attn.merge(self.attention(q, k, v, mask, kinds, pressure)))
@@ -399,13 +399,13 @@ class HeadLoss(torch.autograd.Function):
             h, target = rows[i:i + size].to(low), y[i:i + size, None]
             z = (h @ w.T).float()
             if SOFT_CAP:
-                z = z.div_(SOFT_CAP).tanh_().mul_(SOFT_CAP)
-            p = z.log_softmax(1)
+                z = z.mul_(1 / SOFT_CAP).tanh_()
+            p = (z * SOFT_CAP if SOFT_CAP else z).log_softmax(1)
             loss -= p.gather(1, target).sum()
             p.exp_()
             p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-            if SOFT_CAP:
-                p.mul_(1 - (z / SOFT_CAP).square_())
+            if SOFT_CAP:  # the derivative of cap tanh(y / cap) is 1 - tanh^2
+                p.addcmul_(p * z, z, value=-1)
             p = p.to(low)
             dx[i:i + size] = p @ w
             dw += p.T @ h
@@ -1058,7 +1058,7 @@ def draw_quality(folder, arrays):
     ax.set_yticks(y, names)
     ax.invert_yaxis()
     ax.set(xlim=(0, 1.45), xticks=[], title="quality card: the nearer to human text, the better")
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.4, 0))
     save_artifact(folder, "quality", table, figure)
 
 
@@ -1184,8 +1184,9 @@ def draw_temporal(folder, model, data, arrays):
     ax.bar(x + 0.2, rows[:, 2], 0.4, color="C3", label="as trained")
     ax.set_xticks(x, ["new"] + [f"{int(r)}+" for r in rows[1:, 0]])
     ax.set(xlabel="tokens since this token was last seen", ylabel="nats of the next token",
-           title=f"silencing TEMPORAL costs {nats.mean() - same.mean():+.3f} nats a token")
-    ax.legend(fontsize=8)
+           title=f"silencing TEMPORAL costs {nats.mean() - same.mean():+.3f} nats a token",
+           ylim=(0, 1.25 * rows[:, 2:].max()))
+    ax.legend(fontsize=8, ncols=2)
     save_artifact(folder, "temporal", rows, figure)
 
 
@@ -1624,16 +1625,19 @@ def convert():
 def draw_ladder():
     """OUT/lm_ladder.md and .png (and .npy): every stage beside the control that saw as many tokens."""
     rows, lines, done = [], [], 0
-    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for name in ("lm_control", *(f"lm_stage{k}" for k in range(4))):
         folder = Path(OUT) / name
         m = json.loads((folder / "metrics.json").read_text())
         history = np.load(sorted(folder.glob("epoch_*/history.npy"))[-1])
         value = {k: v["value"] for k, v in m.items() if isinstance(v, dict)}
-        start_at = 0 if name == "lm_control" else done
-        ax.plot(start_at + history[:, 0], history[:, 3], "o-", ms=4,
-                label=f"{name[3:]} {value['bits_per_byte']:.3f}",
-                color="0.5" if name == "lm_control" else None)
+        start_at, colour = (0, "0.5") if name == "lm_control" else (done, f"C{name[-1]}")
+        log, n = common.read_log(folder / "log.csv"), 20
+        bits = value["bits_per_byte"] / value["val_loss"] * log["loss"]  # with validation's bytes a token
+        smooth = np.convolve(bits, np.ones(n) / n, "valid")
+        ax.plot(start_at + log["step"][n - 1:], smooth, lw=0.7, alpha=0.6, color=colour)
+        ax.plot(start_at + history[:, 0], history[:, 3], "o", ms=6, color=colour,
+                label=f"{name[3:]} {value['bits_per_byte']:.3f}")
         done = 0 if name == "lm_control" else start_at + history[-1, 0]
         rows.append([start_at + history[-1, 0], value["bits_per_byte"], value["token_ppl"],
                      value["word_ppl"]])
@@ -1642,11 +1646,11 @@ def draw_ladder():
                      f"{value['bits_per_byte']:.4f} | "
                      f"{overlapping:.4f} | {value['token_ppl']:.2f} | "
                      f"{value['word_ppl']:.0f} | {m['seconds']:.0f} |")
+    floor = value["ngram_bits_per_byte"]
     for name, style in (("ngram", "--"), ("bz2", "-."), ("xz", "-")):
         ax.axhline(value[f"{name}_bits_per_byte"], color="k", lw=0.8, ls=style, label=name)
-    top = 1.5 * value["ngram_bits_per_byte"]
-    ax.set(xlabel="optimizer steps in all", ylabel="validation bits a byte", ylim=(None, top),
-           title="the ladder: each stage grows from the one before")
+    ax.set(xlabel="optimizer steps in all", ylabel="bits a byte", ylim=(None, 1.2 * max(rows[0][1], floor)),
+           title="the ladder: each stage grows from the one before (line: training, dot: validation)")
     ax.legend(fontsize=8, ncols=2)
     save_artifact(Path(OUT), "lm_ladder", rows, figure)
     head = "| run | parameters | steps in all | bits/byte | overlapping | token ppl | word ppl | seconds |\n"
@@ -1912,7 +1916,8 @@ def train(before=None):
             continue
         if at.step >= total:
             break
-        if PATIENCE and at.reported == at.step and at.step - at.best_step >= PATIENCE * EVAL_EVERY * per_epoch:
+        worse = (at.step - at.best_step) / per_epoch  # epochs
+        if PATIENCE and at.reported == at.step and worse >= PATIENCE * EVAL_EVERY:
             tqdm.write(f"no better for {PATIENCE} reports: stopped; best.pt is step {at.best_step}")
             break
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZE = "DIM=128 MU_DIM=128 HEADS=4 MLP_RATIO=4 BATCH_SIZE=8 EPOCHS=0 MAX_STEPS=800 EVAL_EVERY=1000".split()
+SIZE = "DIM=128 MU_DIM=128 HEADS=4 MLP_RATIO=4 BATCH_SIZE=8 EPOCHS=0 MAX_STEPS=800".split()
+SIZE += "EVAL_EVERY=1000 SAMPLES=4".split()
 ROWS = ("STAGE=control MATCH=0", "STAGE=0", "STAGE=control MATCH=3", "STAGE=1", "STAGE=2", "STAGE=3")
 NUMBERS = ("bits_per_byte", "val_bits_per_byte_overlapping", "token_ppl")
 
