@@ -4,10 +4,11 @@ Draw samples from any checkpoint: it says which script made it, and with which s
     python sample.py --checkpoint runs/stl10/last.pt                    # a few of everything
     python sample.py --checkpoint runs/stl10/last.pt --prompt cat,ship --num-samples 8 --sampling-steps 50
     python sample.py --checkpoint runs/stl10/last.pt SOLVER=ddim ETA=1  # any setting of that script
+    python sample.py --checkpoint runs/lm_stage3/last.pt --prompt "The with statement" TEMPERATURE=0.7
     python sample.py --checkpoint runs/stl10/last.pt --full             # all diagnostics again, the same bits
     python sample.py --checkpoint runs/stl10/last.pt --export           # the EMA weights alone, to publish
 
-The same seed gives the same picture here and in the run. What cannot work is one line and exit code 2.
+The same seed gives the same sample here and in the run. What cannot work is one line and exit code 2.
 """
 
 import argparse
@@ -26,7 +27,7 @@ def parse():
     parser.add_argument("--checkpoint", required=True, type=Path,
                         help="last.pt, best.pt or epoch_NNNN.pt of a run folder")
     parser.add_argument("--prompt", default="",
-                        help="what to draw: class names, separated by commas; empty: every class")
+                        help="class names, separated by commas (empty: every class); or how a text begins")
     parser.add_argument("--size", default="", help="pixels a side, where the network can draw others")
     parser.add_argument("--num-samples", type=int, default=8, help="for each prompt")
     parser.add_argument("--sampling-steps", type=int, help="instead of the STEPS of the run")
