@@ -1632,7 +1632,8 @@ def draw_ladder():
         history = np.load(sorted(folder.glob("epoch_*/history.npy"))[-1])
         value = {k: v["value"] for k, v in m.items() if isinstance(v, dict)}
         start_at, colour = (0, "0.5") if name == "lm_control" else (done, f"C{name[-1]}")
-        log, n = common.read_log(folder / "log.csv"), 20
+        log = common.read_log(folder / "log.csv")
+        n = min(20, len(log["step"]))
         bits = value["bits_per_byte"] / value["val_loss"] * log["loss"]  # with validation's bytes a token
         smooth = np.convolve(bits, np.ones(n) / n, "valid")
         ax.plot(start_at + log["step"][n - 1:], smooth, lw=0.7, alpha=0.6, color=colour)

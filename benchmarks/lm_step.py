@@ -230,7 +230,7 @@ class Logits(torch.nn.Module):
         self.model = model
 
     def forward(self, ids):
-        return self.model(ids, ids)[0]
+        return self.model(ids.contiguous(), ids.contiguous())[0]
 
 
 def nanogpt_quality(args):
