@@ -77,6 +77,12 @@ def convert(name, text, default):
     return value
 
 
+def row_of(table, name):
+    """A row of EXPERIMENTS, after the row that its LIKE names: dict of settings."""
+    own = dict(table[name])
+    return {**row_of(table, own.pop("LIKE")), **own} if "LIKE" in own else own
+
+
 def override(namespace, args=None):
     """Replace a script's constants: `LR=1e-4 WIDTHS=32,64`, `--lr 1e-4`, `--lr=1e-4`, a bare `--flag` for
     True. A row of the script's table EXPERIMENTS (EXPERIMENT=name) comes first, so single
@@ -110,7 +116,7 @@ def override(namespace, args=None):
         table = namespace["EXPERIMENTS"]
         if chosen not in table:
             fail(f"unknown EXPERIMENT {chosen!r}: one of {', '.join(table)}")
-        namespace.update(table[chosen])
+        namespace.update(row_of(table, chosen))
     namespace.update(given)
 
 

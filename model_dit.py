@@ -362,10 +362,11 @@ class DiT(nn.Module):
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.2)  # comparable with the time embedding it is added to
 
-    def forward(self, x, t, label=None, context=None, mask=None):
+    def forward(self, x, t, label=None, context=None, mask=None, vector=None):
         """
         x (B, C, *grid), t (B,) in [0, 1], label (B,) int64, context (B, L, context_dim), mask (B, L) bool,
-        True = attend (a row without one would be NaN: leave one). Returns (B, C_out, *grid) in x's type.
+        True = attend (a row without one would be NaN: leave one), vector (B, dim) of any other condition,
+        added to the time's. Returns (B, C_out, *grid) in x's type.
         Raises ValueError on a missing or needless condition and on a grid of other dims.
         """
         if (self.label is None) != (label is None):
@@ -380,7 +381,7 @@ class DiT(nn.Module):
         emb = self.time(time_embedding(t, self.time_dim))
         if label is not None:
             emb = emb + self.label(label)
-        emb = F.silu(emb)[:, None]  # (B, 1, dim)
+        emb = F.silu(emb if vector is None else emb + vector)[:, None]  # (B, 1, dim)
         if mask is not None:
             mask = mask[:, None, None]  # (B, 1, 1, L)
 

@@ -60,8 +60,8 @@ def refused(capsys, call):
 # ---------------------------------------------------------------- settings
 def script(**more):
     return dict(__doc__="doc", LR=1e-3, EPOCHS=5, FILM=True, NAME="x", MULTS=(1, 2), RANGE=(0.2, 5.0),
-                FLAGS=(True,), EXPERIMENT="", EXPERIMENTS={"big": dict(LR=0.5, EPOCHS=9)},
-                helper=print, **more)
+                FLAGS=(True,), EXPERIMENT="", helper=print, EXPERIMENTS={
+                    "big": dict(LR=0.5, EPOCHS=9), "like": dict(LIKE="big", EPOCHS=7)}, **more)
 
 
 @pytest.mark.parametrize("args, name, value", [
@@ -70,7 +70,8 @@ def script(**more):
     ("FILM=False", "FILM", False), ("MULTS=3", "MULTS", (3,)), ("MULTS=1,2,3", "MULTS", (1, 2, 3)),
     ("RANGE=0,1", "RANGE", (0, 1)), ("NAME=1e-4", "NAME", "1e-4"), ("NAME=", "NAME", ""),
     ("EXPERIMENT=big LR=0.1", "LR", 0.1), ("LR=0.1 EXPERIMENT=big", "LR", 0.1),
-    ("EXPERIMENT=big", "EPOCHS", 9)])
+    ("EXPERIMENT=big", "EPOCHS", 9), ("EXPERIMENT=like", "EPOCHS", 7), ("EXPERIMENT=like", "LR", 0.5),
+    ("EXPERIMENT=like LR=0.1", "LR", 0.1)])
 def test_override(args, name, value):
     """Every spelling people type; single settings win over a row of EXPERIMENTS wherever they stand."""
     namespace = script()
@@ -83,7 +84,7 @@ def test_override(args, name, value):
     ("EPOCHS=True", "EPOCHS is int"), ("EPOCHS=", "EPOCHS is int"), ("LR=fast", "LR is float"),
     ("LR=__import__('os')", "LR is float"), ("FILM=1", "FILM is bool"), ("MULTS=1,a", "MULTS is a tuple"),
     ("MULTS=1.5,2", "MULTS is a tuple"), ("FLAGS=1", "FLAGS is a tuple"), ("LR", "NAME=value"),
-    ("--lr", "needs a value"), ("EXPERIMENT=none", "one of big"), ("helper=1", "unknown setting"),
+    ("--lr", "needs a value"), ("EXPERIMENT=none", "one of big, like"), ("helper=1", "unknown setting"),
     ("__doc__=1", "unknown setting")])
 def test_override_refuses(args, text, capsys):
     """A wrong name lists every setting, a wrong type names the right one; no code runs; exit code 2."""

@@ -222,3 +222,28 @@ def test_benchmark_measures_its_own_row(capsys, monkeypatch):
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("| ours, plain"))
     assert float(row.split("|")[2]) > 0 and " M " in row
+
+
+def test_checkpointing_changes_no_bit():
+    """Less memory, the same output and the same gradients, dropout included."""
+    found = []
+    for checkpoint in (False, True):
+        model = build(attention=(False, True), checkpoint=checkpoint, dropout=0.3).train()
+        call = inputs(model, (2, 3, 8, 8))
+        torch.manual_seed(1)
+        out = model(**call)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_a_vector_is_added_to_the_time_and_blocks_may_differ():
+    model = build(attention=(False, True), blocks=(1, 2)).eval()
+    call = inputs(model, (2, 3, 8, 8))
+    plain, zero = model(**call), model(**call, vector=torch.zeros(2, 16))
+    assert torch.equal(plain, zero)
+    other = model(**call, vector=torch.tensor([[0.0] * 16, [1.0] * 16]))
+    assert torch.equal(other[0], plain[0]) and (other[1] - plain[1]).abs().max() > 1e-3
+    assert [len(level["blocks"]) for level in model.down] == [1, 2]
+    with pytest.raises(ValueError, match="blocks has 3 entries"):
+        build(attention=(False, True), blocks=(1, 2, 3))
