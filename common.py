@@ -6,12 +6,15 @@ Nothing here knows what a model, a loss, a noise schedule or a data set is.
     run = start(__file__, globals())          seed, device, process group, lock, run folder, last checkpoint
     save_checkpoint / load_checkpoint         atomic, verified, plain types, never over the last good file
     guarded_step, Guard                       clip; skip non-finite and exploding steps; say when to go back
-    ema_update, lr_at, seed_of                averaged weights; warm-up + cosine; one seed for every purpose
+    roll_back                                 what a run does when the guard says that it is lost
+    ema_update, lr_at, autocast               averaged weights; warm-up + cosine; bf16 where it pays
+    seed_of, generator_of, batch_order        every random draw is a function of its place in the run
     save_artifact, tile, save_metrics         NPY for programs and PNG for people; metrics.json
 """
 
 import ast
 import contextlib
+import copy
 import difflib
 import hashlib
 import json
@@ -35,6 +38,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -442,6 +446,33 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
+def generator_of(*parts):
+    """A CPU generator seeded by its place in the run, as seed_of() says."""
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def batch_order(seed, step, n, total, attempt=0):
+    """The numbers below `total` of the n examples of optimizer step `step`, from one endless stream of
+    permutations, so that every batch is full. attempt counts rollbacks: other permutations."""
+    place, index = step * n, []
+    while len(index) < n:
+        order = torch.randperm(total, generator=generator_of(seed, "order", place // total + 10**9 * attempt))
+        index += order[place % total:][:n - len(index)].tolist()
+        place = step * n + len(index)
+    return index
+
+
+def autocast(device, precision):
+    """bf16 inside the products where asked for ("bf16"), or with "auto" where the hardware has it; losses,
+    norms and logits stay fp32."""
+    if precision == "auto":
+        on = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+              "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type, bool)()
+    else:
+        on = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
 def lr_at(step, steps, peak, warmup=0.05):
     """Learning rate of optimizer step `step` of `steps`: linear warm-up over the first share, then a cosine
     to zero. Counts optimizer steps, never micro-batches."""
@@ -533,6 +564,21 @@ def guarded_step(optimizer, parameters, guard, loss, clip):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, taken
+
+
+def roll_back(run, guard, restore, at, lr):
+    """When guard.lost: back to the last good state, half the learning rate, another order of the data.
+    restore puts a checkpoint into the run's objects, `at` (where it is) among them; the sixth time ends the
+    run, with a line that names the peak learning rate lr."""
+    log = run.folder / "log.csv"
+    if guard.rollbacks == 5:
+        fail(f"the loss diverged for the sixth time, at step {at.step}: lower LR={lr:g}, see {log}")
+    broken = copy.copy(guard)
+    restore(load_checkpoint(run.folder / "last.pt", run.device))
+    guard.after_rollback(broken)
+    if run.rank == 0:
+        open_log(log, at.step)
+        tqdm.write(f"diverged: back to step {at.step}, learning rate x {guard.lr_scale:g}")
 
 
 # ---------------------------------------------------------------- logs and artifacts

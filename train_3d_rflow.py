@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import Guard, ema_update, fail, guarded_step, lr_at, override, save_artifact, seed_of, start, tile
+from common import (Guard, autocast, batch_order, ema_update, fail, generator_of, guarded_step, lr_at,
+                    override, save_artifact, seed_of, start, tile)
 from data import volumes
 from metrics import bootstrap, frechet, kid, memorisation, ms_ssim, psnr
 from model_dit import DiT
@@ -238,11 +239,6 @@ def binarize(x):
     return x.clamp(0, 1) > 0.5
 
 
-def generator_of(*parts):
-    """A CPU generator seeded by its place in the run."""
-    return torch.Generator().manual_seed(seed_of(*parts))
-
-
 def draw_transform(g, shape, noisier):
     """
     One random transform of (C, D, H, W) and the numbers (omega_size,) that name it, all zero for none: turns
@@ -299,12 +295,8 @@ def draw_batch(data, step, attempt=0):
     volumes: a list of dicts of what loss_fn() takes, whose losses are added (one; with AUGMENT=sda sometimes
     two). A function of (SEED, step, attempt) alone, so a resumed run repeats an unbroken one. attempt counts
     rollbacks: another order."""
-    n, total, index = BATCH_SIZE * ACCUM, len(data.train.names), []
-    g, place = generator_of(SEED, "step", step, attempt), step * BATCH_SIZE * ACCUM
-    while len(index) < n:
-        order = torch.randperm(total, generator=generator_of(SEED, "order", place // total + 10**9 * attempt))
-        index += order[place % total:][:n - len(index)].tolist()
-        place = step * n + len(index)
+    n, g = BATCH_SIZE * ACCUM, generator_of(SEED, "step", step, attempt)
+    index = batch_order(SEED, step, n, len(data.train.names), attempt)
     x_0, condition = target(data.train, index), condition_of(data.train, index)
     eps = torch.randn(x_0.shape, generator=g)
     # stratified over the batch: one uniform number in each n-th of (0, 1), in random order
@@ -583,7 +575,7 @@ def sample(model, seeds, condition, solver=None, steps=None, tolerance=None, pat
         nonlocal asked
         asked += len(x) * (2 if guided else 1)
         now = {k: v[rows] for k, v in condition.items()}
-        with autocast(device):
+        with autocast(device, PRECISION):
             v = model(x, t, **now)
             if guided:
                 null = model(x, t, **dict(now, counts=torch.full_like(now["counts"], -1)))
@@ -1226,16 +1218,6 @@ def steps_per_epoch(data):
     return max(1, len(data.train.names) // (BATCH_SIZE * ACCUM))
 
 
-def autocast(device):
-    """bf16 inside the products where asked for, or where the hardware has it; losses and norms stay fp32."""
-    if PRECISION == "auto":
-        on = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-              "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type, bool)()
-    else:
-        on = PRECISION == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
-
-
 def train_step(handle, model, ema, optimizer, guard, data, step, total, run):
     """One optimizer step on the effective batch: forward and backward ACCUM times, clip, guard, step, EMA.
     Returns the mean loss of the batch, the learning rate and the gradient norm."""
@@ -1250,7 +1232,7 @@ def train_step(handle, model, ema, optimizer, guard, data, step, total, run):
         for batch in batches:
             # each process takes its share of each part
             part = {k: v.chunk(ACCUM)[i].chunk(run.world)[run.rank].to(run.device) for k, v in batch.items()}
-            with autocast(run.device):
+            with autocast(run.device, PRECISION):
                 loss = loss_fn(handle, **part).mean()
             (loss / ACCUM).backward()
             loss_sum += loss.detach() / len(batches)
@@ -1357,15 +1339,8 @@ def main():
         at.seconds = earlier + time.monotonic() - clock
         losses.append(loss)
 
-        if guard.lost:  # back to the last good state, half the learning rate, another order of the data
-            if guard.rollbacks == 5:
-                fail(f"the loss diverged for the sixth time, at step {at.step}: lower LR={LR:g}, see {log}")
-            broken = copy.copy(guard)
-            restore(common.load_checkpoint(last, run.device))
-            guard.after_rollback(broken)
-            if run.rank == 0:
-                common.open_log(log, at.step)
-                tqdm.write(f"diverged: back to step {at.step}, learning rate x {guard.lr_scale:g}")
+        if guard.lost:
+            common.roll_back(run, guard, restore, at, LR)
             bar.n = at.step
             continue
         if run.rank > 0:

@@ -44,7 +44,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 import common
-from common import Guard, ema_update, fail, guarded_step, override, save_artifact, seed_of, start
+from common import (Guard, autocast, ema_update, fail, generator_of, guarded_step, override, save_artifact,
+                    seed_of, start)
 from data import text
 from model_dit import MLP, Attention, KVCache, attend, causal_mask, rms, rotation
 
@@ -166,11 +167,6 @@ def steps_per_epoch(data):
 
 def total_steps(data):
     return min(EPOCHS * steps_per_epoch(data) or math.inf, MAX_STEPS or math.inf)
-
-
-def generator_of(*parts):
-    """A CPU generator seeded by its place in the run."""
-    return torch.Generator().manual_seed(seed_of(*parts))
 
 
 def draw_batch(data, step, attempt=0):
@@ -452,16 +448,6 @@ def build_model(vocabulary, stage=None):
     return LM(vocabulary, stage, hidden)
 
 
-def autocast(device):
-    """bf16 inside the products where asked for, or where the hardware has it; losses and logits stay fp32."""
-    if PRECISION == "auto":
-        on = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-              "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type, bool)()
-    else:
-        on = PRECISION == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
-
-
 # ---------------------------------------------------------------- method: loss, Muon, K-1
 def loss_fn(model, ids):
     """Mean nats a token: ids (B, T + 1), every target once."""
@@ -736,7 +722,7 @@ def sample(model, prompt, length, seed, end=None, cached=True, temperature=None,
         if ids.shape[1] - begin > CONTEXT:
             begin = ids.shape[1] - CONTEXT // 2
             memory, fed = Memory(), begin
-        with autocast(device):
+        with autocast(device, PRECISION):
             if cached:
                 logits = model(ids[:, max(begin, fed):], memory=memory)[:, -1]
             else:
@@ -823,7 +809,7 @@ def score(model, tokens, stride, batch=32):
         some = starts[i:i + batch]
         windows = np.stack([tokens[s:s + CONTEXT + 1] for s in some]).astype(np.int64)
         ids = torch.from_numpy(windows).to(device)
-        with autocast(device):
+        with autocast(device, PRECISION):
             logits = model(ids[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         for s, row in zip(some, loss.view(len(ids), CONTEXT).double().cpu().numpy()):
@@ -1773,7 +1759,7 @@ def train_step(handle, model, ema, optimizer, credit, guard, data, step, total, 
     loss_sum = torch.zeros((), device=run.device)
     for micro in batch.chunk(ACCUM):
         mine = micro.chunk(run.world)[run.rank].to(run.device)  # each process takes its share
-        with autocast(run.device):
+        with autocast(run.device, PRECISION):
             loss = loss_fn(handle, mine)
             if MU_GRAM and model.stage >= 0:
                 loss = loss + MU_GRAM * gram_penalty(model.embed)
@@ -1926,15 +1912,8 @@ def train(before=None):
         at.step += 1
         at.seconds = earlier + time.monotonic() - clock
         losses.append(loss)
-        if guard.lost:  # back to the last good state, half the learning rate, another order of the data
-            if guard.rollbacks == 5:
-                fail(f"the loss diverged for the sixth time, at step {at.step}: lower LR={LR:g}, see {log}")
-            broken = copy.copy(guard)
-            restore(common.load_checkpoint(last, run.device))
-            guard.after_rollback(broken)
-            if run.rank == 0:
-                common.open_log(log, at.step)
-                tqdm.write(f"diverged: back to step {at.step}, learning rate x {guard.lr_scale:g}")
+        if guard.lost:
+            common.roll_back(run, guard, restore, at, LR)
             bar.n = at.step
             continue
         if run.rank > 0:

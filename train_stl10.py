@@ -40,7 +40,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import Guard, ema_update, fail, guarded_step, lr_at, override, save_artifact, seed_of, start, tile
+from common import (Guard, autocast, batch_order, ema_update, fail, generator_of, guarded_step, lr_at,
+                    override, save_artifact, seed_of, start, tile)
 from data import stl10
 from metrics import frechet, kid, memorisation, nearest, prdc, psnr
 from model_unet import UNet
@@ -128,25 +129,14 @@ def to_picture(x):
     return ((x.float().clamp(-1, 1) + 1) / 2).movedim(-3, -1).cpu().numpy()
 
 
-def generator_of(*parts):
-    """A CPU generator seeded by its place in the run."""
-    return torch.Generator().manual_seed(seed_of(*parts))
-
-
 def draw_batch(data, step, attempt=0):
     """Everything random about optimizer step `step`, for the whole effective batch of BATCH_SIZE ACCUM
     pictures: x_0 (B, 3, H, W), labels (B,), t (B,), eps like x_0. A function of (SEED, step, attempt) alone,
     so a resumed run repeats an unbroken one, and two processes see what one would. attempt counts rollbacks:
     another window of data."""
-    n, total, null = BATCH_SIZE * ACCUM, len(data.x), len(data.names)
+    n, null = BATCH_SIZE * ACCUM, len(data.names)
     g = generator_of(SEED, "step", step, attempt)
-    # the data order is one endless stream of permutations, so that every batch is full
-    place, index = step * n, []
-    while len(index) < n:
-        window = place // total + 10**9 * attempt  # a rollback goes on with other permutations
-        order = torch.randperm(total, generator=generator_of(SEED, "order", window))
-        index += order[place % total:][:n - len(index)].tolist()
-        place = step * n + len(index)
+    index = batch_order(SEED, step, n, len(data.x), attempt)
     x_0, labels = to_float(data.x[index]), data.y[index]
     if not OVERFIT_TINY:
         flip = torch.rand(n, generator=g) < 0.5
@@ -164,16 +154,6 @@ def build_model(classes):
     """The U-Net with a label table of classes + 1 rows; the last row is null."""
     return UNet(channels=3, dims=2, width=WIDTH, mults=MULTS, blocks=BLOCKS, attention=ATTENTION,
                 classes=classes + 1, patch=PATCH, dropout=DROPOUT, film=FILM)
-
-
-def autocast(device):
-    """bf16 inside the products where asked for, or where the hardware has it; losses and norms stay fp32."""
-    if PRECISION == "auto":
-        on = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-              "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type, bool)()
-    else:
-        on = PRECISION == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 class Judge(nn.Module):
@@ -279,7 +259,7 @@ def guided_x_0(model, x, t, labels, w):
     """x_0_hat (B, C, H, W) of x at time t (float), guided and clipped. w (B,) guidance per picture."""
     a, s = (float(c) for c in schedule(t))
     times, (low, high) = torch.full((len(x),), t, device=x.device), GUIDANCE_INTERVAL
-    with autocast(x.device):
+    with autocast(x.device, PRECISION):
         if not low < s / max(a, 1e-12) <= high or bool((w == 1).all()):
             x_0 = a * x - s * model(x, times, labels).float()
         else:
@@ -447,7 +427,7 @@ def reference(data, judge):
 def losses_by_t(model, data, count=500):
     """v-loss on held-out pictures in 10 buckets of t, the same t and eps for three label choices: (3, 10)
     array of the right label, null, and a wrong label. Rows 2 - 1 and 3 - 1 say what a label is worth."""
-    g = torch.Generator().manual_seed(seed_of(SEED, "val"))
+    g = generator_of(SEED, "val")
     x_0, y, K = to_float(data.val_x[:count]), data.val_y[:count], len(data.names)
     wrong = (y + 1 + torch.randint(K - 1, (len(y),), generator=g).to(y.device)) % K if K > 1 else y
     table = torch.zeros(3, 10, dtype=torch.float64)
@@ -455,7 +435,7 @@ def losses_by_t(model, data, count=500):
         t = (bucket + (torch.randperm(len(y), generator=g) + torch.rand(len(y), generator=g)) / len(y)) / 10
         t, eps = t.clamp(min=0.001).to(x_0.device), torch.randn(x_0.shape, generator=g).to(x_0.device)
         for row, labels in enumerate((y, torch.full_like(y, K), wrong)):
-            with autocast(x_0.device):
+            with autocast(x_0.device, PRECISION):
                 parts = zip(*(z.split(64) for z in (x_0, labels, t, eps)))
                 losses = [loss_fn(model, *part, weighted=False) for part in parts]
             table[row, bucket] = torch.cat(losses).double().mean().cpu()
@@ -970,7 +950,7 @@ def train_step(handle, model, ema, optimizer, guard, data, step, total, run):
         group["lr"] = lr
     loss_sum = torch.zeros((), device=run.device)
     for micro in zip(*(part.chunk(ACCUM) for part in batch)):
-        with autocast(run.device):
+        with autocast(run.device, PRECISION):
             mine = (part.chunk(run.world)[run.rank] for part in micro)  # each process takes its share
             loss = loss_fn(handle, *mine).mean()
         (loss / ACCUM).backward()
@@ -1090,15 +1070,8 @@ def main():
         at.seconds = earlier + time.monotonic() - clock
         losses.append(loss)
 
-        if guard.lost:  # back to the last good state, half the learning rate, another window of data
-            if guard.rollbacks == 5:
-                fail(f"the loss diverged for the sixth time, at step {at.step}: lower LR={LR:g}, see {log}")
-            broken = copy.copy(guard)
-            restore(common.load_checkpoint(last, run.device))
-            guard.after_rollback(broken)
-            if run.rank == 0:
-                common.open_log(log, at.step)
-                tqdm.write(f"diverged: back to step {at.step}, learning rate x {guard.lr_scale:g}")
+        if guard.lost:
+            common.roll_back(run, guard, restore, at, LR)
             bar.n = at.step
             continue
         if run.rank > 0:

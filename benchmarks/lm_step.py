@@ -164,7 +164,7 @@ def our_step(args, bf16, settings):
     run = SimpleNamespace(device=device, rank=0, world=1)
 
     def loss_of(count):
-        with train_lm.autocast(device):
+        with common.autocast(device, train_lm.PRECISION):
             return train_lm.loss_fn(model, train_lm.draw_batch(data, 0)[:count])
 
     def step(i):

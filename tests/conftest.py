@@ -1,4 +1,5 @@
 """What all tests share: one thread, the repository on the path, tiny data, and runs of a whole script."""
+import csv
 import json
 import os
 import random
@@ -140,3 +141,22 @@ def launch_lm(zygote, corpus, tmp_path):
         return fork(zygote, tmp_path, home, limit, arguments=arguments, environment=environment, fault=fault,
                     program=program, script="train_lm")
     return run
+
+
+def state(folder, name="last.pt"):
+    """What a run holds, less the clock and what the reports said."""
+    found = torch.load(folder / name, weights_only=True)
+    return {k: v for k, v in found.items() if k not in ("seconds", "settings", "reported", "best", "best_step")}
+
+
+def log(folder):
+    """log.csv as rows of text, less the clock."""
+    with open(folder / "log.csv") as f:
+        clock = ("seconds", "samples_per_s", "tokens_per_s")
+        return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(f)]
+
+
+def refused(run, *parts):
+    """A run ended in one clear line and exit code 2."""
+    assert run.code == 2 and "Traceback" not in run.output and run.output.count("error: ") == 1, run.output
+    assert all(part in run.output for part in parts), run.output

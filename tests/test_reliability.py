@@ -1,5 +1,4 @@
 """Whole runs of train_stl10.py with a fault in each; rows and faults are numbered as in the design notes."""
-import csv
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, log, state
 
 # A report draws 15 figures in seconds; most faults do not need them. This one draws a random number instead.
 STUB = """
@@ -35,19 +34,6 @@ def at_call(name, number, action, of=script):
 kill = lambda number=signal.SIGKILL: lambda: os.kill(os.getpid(), number)
 """
 EPOCHS = "EPOCHS=3"  # 30 training pictures: 7 steps an epoch, 21 in all
-
-
-def state(folder, name="last.pt"):
-    """What a run holds, less the clock."""
-    found = torch.load(folder / name, weights_only=True)
-    return {k: v for k, v in found.items() if k not in ("seconds", "settings", "reported", "best")}
-
-
-def log(folder):
-    """log.csv as text, less the clock."""
-    with open(folder / "log.csv") as f:
-        clock = ("seconds", "samples_per_s")
-        return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(f)]
 
 
 def difference(a, b, path="state"):

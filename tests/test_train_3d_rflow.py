@@ -2,7 +2,6 @@
 numbers that must get worse when volumes do, whole runs of a second, and the lab notes' faults, planted."""
 
 import copy
-import csv
 import gzip
 import json
 import math
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 import common
 import metrics
 import train_3d_rflow as rf
-from conftest import ROOT, fork
+from conftest import ROOT, fork, log, refused, state
 from data import volumes
 
 CPU = torch.device("cpu")
@@ -1095,24 +1094,6 @@ def launch(zygote, home, tmp_path_factory):
         result.out = out
         return result
     return run
-
-
-def state(folder, name="last.pt"):
-    """What a run holds, less the clock and what the reports said."""
-    found = torch.load(folder / name, weights_only=True)
-    return {k: v for k, v in found.items() if k not in ("seconds", "settings", "reported", "best")}
-
-
-def log(folder):
-    with open(folder / "log.csv") as f:
-        clock = ("seconds", "samples_per_s")
-        return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(f)]
-
-
-def refused(run, *parts):
-    """One clear line and exit code 2."""
-    assert run.code == 2 and "Traceback" not in run.output and run.output.count("error: ") == 1, run.output
-    assert all(part in run.output for part in parts), run.output
 
 
 FAST = ["SHAPE=8,8,8", "MULTS=1", "BLOCKS=1", "ATTENTION=False"]

@@ -2,7 +2,6 @@
 planted fault is caught and named, and whole runs of a second are the same bits however they were interrupted."""
 
 import copy
-import csv
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 import common
 import train_lm as lm
-from conftest import ROOT, TINY_LM
+from conftest import ROOT, TINY_LM, log, refused, state
 from data import text
 from model_dit import ReLU2
 
@@ -1222,24 +1221,6 @@ def at_call(name, number, action, of=script):
     setattr(of, name, new)
 kill = lambda number=signal.SIGKILL: lambda: os.kill(os.getpid(), number)
 """
-
-
-def state(folder):
-    """What a run holds, less the clock and what the reports said."""
-    found = torch.load(folder / "last.pt", weights_only=True)
-    return {k: v for k, v in found.items() if k not in ("seconds", "settings", "reported", "best", "best_step")}
-
-
-def log(folder):
-    with open(folder / "log.csv") as f:
-        clock = ("seconds", "tokens_per_s")
-        return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(f)]
-
-
-def refused(run, *parts):
-    """One clear line and exit code 2."""
-    assert run.code == 2 and "Traceback" not in run.output and run.output.count("error: ") == 1, run.output
-    assert all(part in run.output for part in parts), run.output
 
 
 @pytest.fixture(scope="module")
