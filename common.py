@@ -4,7 +4,7 @@ Nothing here knows what a model, a loss, a noise schedule or a data set is.
 
     override(globals())                       the command line over a script's constants: NAME=value
     run = start(__file__, globals())          seed, device, process group, lock, run folder, last checkpoint
-    save_checkpoint / load_checkpoint         atomic, verified, plain types, never over the last good file
+    save_checkpoint, load_checkpoint, restore atomic, verified, plain types, never over the last good file
     guarded_step, Guard                       clip; skip non-finite and exploding steps; say when to go back
     roll_back                                 what a run does when the guard says that it is lost
     ema_update, lr_at, autocast               averaged weights; warm-up + cosine; bf16 where it pays
@@ -437,6 +437,17 @@ def load_strictly(module, state, what):
         fail(f"{what} does not fit this network: {'; '.join(problems[:4])}"
              + (f" and {len(problems) - 4} more" if len(problems) > 4 else ""))
     module.load_state_dict(state)
+
+
+def restore(saved, model, ema, optimizer, guard):
+    """Put what last.pt saved back into the objects of a run; what does not fit is one line, exit code 2."""
+    load_strictly(model, saved["model"], "last.pt")
+    load_strictly(ema, saved["ema"], "last.pt (EMA)")
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+    except (KeyError, ValueError) as error:
+        fail(f"last.pt: the optimizer state does not fit this network: {error}")
+    vars(guard).update(saved["guard"])
 
 
 # ---------------------------------------------------------------- training

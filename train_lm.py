@@ -1820,13 +1820,7 @@ def train(before=None):
         return save(last) if guard.healthy or at.step >= total else True
 
     def restore(saved):
-        common.load_strictly(model, saved["model"], "last.pt")
-        common.load_strictly(ema, saved["ema"], "last.pt (EMA)")
-        try:
-            optimizer.load_state_dict(saved["optimizer"])
-        except (KeyError, ValueError) as error:
-            fail(f"last.pt: the optimizer state does not fit this network: {error}")
-        vars(guard).update(saved["guard"])
+        common.restore(saved, model, ema, optimizer, guard)
         credit.scores, credit.seen = dict(saved["scores"]), saved["seen"]
         vars(at).update({k: copy.copy(saved[k]) for k in vars(at)})
 

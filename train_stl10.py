@@ -1003,13 +1003,7 @@ def main():
         return save(last) if guard.healthy or at.step >= total else True
 
     def restore(saved):
-        common.load_strictly(model, saved["model"], "last.pt")
-        common.load_strictly(ema, saved["ema"], "last.pt (EMA)")
-        try:
-            optimizer.load_state_dict(saved["optimizer"])
-        except (KeyError, ValueError) as error:
-            fail(f"last.pt: the optimizer state does not fit this network: {error}")
-        vars(guard).update(saved["guard"])
+        common.restore(saved, model, ema, optimizer, guard)
         vars(at).update({k: saved[k] for k in vars(at)})
 
     if run.checkpoint is not None:
