@@ -136,6 +136,7 @@ class Run:
     world: int
     checkpoint: dict | None
     signal: int = 0              # the signal that asked us to stop
+    returned_to: int = -1        # the step of the state that the last rollback went to
     interruptible: bool = False  # in an evaluation no state changes, so a signal may break it off at once
     keep: list = field(default_factory=list)  # open files that hold the lock
 
@@ -580,12 +581,23 @@ def guarded_step(optimizer, parameters, guard, loss, clip):
 def roll_back(run, guard, restore, at, lr):
     """When guard.lost: back to the last good state, half the learning rate, another order of the data.
     restore puts a checkpoint into the run's objects, `at` (where it is) among them; the sixth time ends the
-    run, with a line that names the peak learning rate lr."""
-    log = run.folder / "log.csv"
+    run, with a line that names the peak learning rate lr. Twice to the same state without a good one between
+    means that the state itself is broken, saved between the blow-up and the guard that saw it: the one before
+    it takes its place."""
+    log, last = run.folder / "log.csv", run.folder / "last.pt"
     if guard.rollbacks == 5:
         fail(f"the loss diverged for the sixth time, at step {at.step}: lower LR={lr:g}, see {log}")
-    broken = copy.copy(guard)
-    restore(load_checkpoint(run.folder / "last.pt", run.device))
+    broken, saved = copy.copy(guard), load_checkpoint(last, run.device)
+    if saved["step"] == run.returned_to and intact(last.with_suffix(".prev.pt")):
+        if run.world > 1:
+            torch.distributed.barrier()
+        if run.rank == 0:
+            os.replace(last.with_suffix(".prev.pt"), last)
+        if run.world > 1:
+            torch.distributed.barrier()
+        saved = load_checkpoint(last, run.device)
+    run.returned_to = saved["step"]
+    restore(saved)
     guard.after_rollback(broken)
     if run.rank == 0:
         open_log(log, at.step)

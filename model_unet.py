@@ -52,7 +52,11 @@ def depth_to_space(x, patch):
 
 def modulated_group_norm(x, groups, scale, shift):
     """GN(x) (1 + scale) + shift with scale, shift (B, C), as ONE kernel: with the batch folded into the
-    channels every (sample, channel) pair has an affine pair of its own, as FiLM needs. x (B, C, *grid)."""
+    channels every (sample, channel) pair has an affine pair of its own, as FiLM needs. x (B, C, *grid);
+    volumes with their channels last cannot be folded without a copy, and take two kernels."""
+    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.addcmul(shift[:, :, None, None, None], F.group_norm(x, groups),
+                             1 + scale[:, :, None, None, None])
     folded = x.reshape(1, -1, *x.shape[2:])  # (1, B C, *grid)
     dtype = x.dtype if x.is_cuda else scale.dtype
     weight, bias = (1 + scale).flatten().to(dtype), shift.flatten().to(dtype)
@@ -96,6 +100,16 @@ def attend(q, k, v, mask=None):
     return scores.softmax(dim=-1) @ v
 
 
+class Conv1x1x1(nn.Conv3d):
+    """With the channels last this is a matrix product, of which the CPU's convolution makes three times the
+    work on the way back."""
+
+    def forward(self, x):
+        if not x.is_contiguous(memory_format=torch.channels_last_3d):
+            return super().forward(x)
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
 class ResBlock(nn.Module):
     def __init__(self, conv, c_in, c_out, c_emb, groups, dropout, film):
         super().__init__()
@@ -104,7 +118,8 @@ class ResBlock(nn.Module):
         self.emb = nn.Linear(c_emb, 2 * c_out if film else c_out)
         self.norm2 = nn.Identity() if film else nn.GroupNorm(groups, c_out)  # FiLM brings its own
         self.dropout, self.conv2 = Dropout(dropout), conv(c_out, c_out, 3, padding=1)
-        self.skip = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        point = Conv1x1x1 if conv is nn.Conv3d else conv
+        self.skip = point(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):
         """x (B, c_in, *grid), emb (B, c_emb), already through SiLU -> (B, c_out, *grid)."""

@@ -518,6 +518,32 @@ def test_lasting_damage_is_noticed(loss, norm, lost):
         assert again.rollbacks == 2 and again.lr_scale == 0.25
 
 
+def test_rollback_leaves_a_broken_state(tmp_path, monkeypatch):
+    """A state saved between a blow-up and the guard that sees it: the second rollback goes one save further,
+    and the broken state is gone; a rollback after a new save trusts the newest again."""
+    run = begin(tmp_path, monkeypatch)
+    at, guard, weight = SimpleNamespace(step=0), Guard(), torch.zeros(1)
+
+    def save(step, value):
+        common.save_checkpoint(run.folder / "last.pt", run, step=step, weight=torch.tensor([value]))
+
+    def restore(saved):
+        at.step = saved["step"]
+        weight.copy_(saved["weight"])
+
+    save(10, 1.0)
+    save(20, 1e30)
+    common.roll_back(run, guard, restore, at, 1e-3)
+    assert at.step == 20 and guard.rollbacks == 1
+    common.roll_back(run, guard, restore, at, 1e-3)
+    assert at.step == 10 and float(weight) == 1 and guard.lr_scale == 0.25
+    assert common.load_checkpoint(run.folder / "last.pt")["step"] == 10
+    save(30, 3.0)
+    common.roll_back(run, guard, restore, at, 1e-3)
+    assert at.step == 30 and float(weight) == 3
+    end(run)
+
+
 # ---------------------------------------------------------------- logs
 def test_log(tmp_path):
     """Fault 19: rows after the checkpoint, half lines, what a power cut leaves: gone; the rest stays."""
