@@ -79,7 +79,7 @@ HEADS = 6            # dit: 6, 12, 16
 DROPOUT = 0.0        # inside the blocks; 0.1 for a hundred volumes and many epochs
 CHECKPOINT = False   # unet: less memory for more time, see UNet
 PREDICTION = "residual"  # "velocity"; "x0"; residual: velocity as the best linear guess and what it lacks
-TIME = "uniform"     # of t in training: "uniform", "logit-normal", or 4/5 and 1/5 of them
+TIME = "mixture"     # of t in training: "uniform", "logit-normal", or 1/5 and 4/5 of them
 SHIFT = 1.0          # t <- SHIFT t / (1 + (SHIFT - 1) t): more noise for larger volumes; try 2 from 64^3 on
 T_CLIP = 0.05        # PREDICTION=x0: v is (x_t - x_0_hat) / max(t, this)
 COUNT_DROP = 0.15    # share of counts hidden in training, for guidance
