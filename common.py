@@ -373,8 +373,10 @@ def save_checkpoint(path, run, **state):
             os.fsync(f.fileno())
         verify(temporary)
         torch.load(temporary, mmap=True, weights_only=True)  # reads no weights, refuses what cannot be loaded
-        if intact(path):  # a damaged file must not push out the good one before it
-            os.replace(path, previous)
+        if intact(path):  # a damaged file must not push out the good one before it, nor the same step twice
+            before = torch.load(path, mmap=True, weights_only=True).get("step")
+            if before is None or before != state.get("step"):
+                os.replace(path, previous)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # the rename itself must reach the disk; not every system can
             folder = os.open(path.parent, os.O_RDONLY)
@@ -529,12 +531,14 @@ class Guard:
     skipped: int = 0        # in total
     in_a_row: int = 0
     high: int = 0           # steps in a row with a high loss
+    trial: int = 0          # steps to go after a rollback until a state may be good again
     rollbacks: int = 0
     lr_scale: float = 1.0
 
     def accepts(self, norm, loss):
         """Looks at one step: gradient norm and loss, floats. True if the optimizer may take it."""
         finite = math.isfinite(norm) and math.isfinite(loss)
+        self.trial = max(0, self.trial - 1)
         ok = finite and (self.average == 0 or self.seen < 20 or norm <= self.factor * self.average)
         if math.isfinite(norm):
             capped = norm if self.average == 0 else min(norm, self.factor * self.average)
@@ -553,7 +557,7 @@ class Guard:
     @property
     def healthy(self):
         """A state worth saving as the last good one."""
-        return self.in_a_row == 0 and self.high == 0
+        return self.in_a_row == self.high == self.trial == 0
 
     @property
     def lost(self):
@@ -563,7 +567,7 @@ class Guard:
     def after_rollback(self, broken):
         """Called on the guard of the good checkpoint: half the LR, another window of data (draw_batch)."""
         self.rollbacks, self.lr_scale = broken.rollbacks + 1, broken.lr_scale / 2
-        self.skipped, self.in_a_row, self.high = broken.skipped, 0, 0
+        self.skipped, self.in_a_row, self.high, self.trial = broken.skipped, 0, 0, self.patience
 
 
 def guarded_step(optimizer, parameters, guard, loss, clip):
@@ -587,15 +591,15 @@ def roll_back(run, guard, restore, at, lr):
     log, last = run.folder / "log.csv", run.folder / "last.pt"
     if guard.rollbacks == 5:
         fail(f"the loss diverged for the sixth time, at step {at.step}: lower LR={lr:g}, see {log}")
-    broken, saved = copy.copy(guard), load_checkpoint(last, run.device)
-    if saved["step"] == run.returned_to and intact(last.with_suffix(".prev.pt")):
+    broken, previous = copy.copy(guard), last.with_suffix(".prev.pt")
+    if load_checkpoint(last)["step"] == run.returned_to and intact(previous):
         if run.world > 1:
-            torch.distributed.barrier()
+            dist.barrier()
         if run.rank == 0:
-            os.replace(last.with_suffix(".prev.pt"), last)
+            os.replace(previous, last)
         if run.world > 1:
-            torch.distributed.barrier()
-        saved = load_checkpoint(last, run.device)
+            dist.barrier()
+    saved = load_checkpoint(last, run.device)
     run.returned_to = saved["step"]
     restore(saved)
     guard.after_rollback(broken)

@@ -275,13 +275,17 @@ def ms_ssim(x, y, data_range, weights=MS_WEIGHTS, window=11):
 # ------------------------------------------------------------------------------------------------------------
 # Error bars
 
-def bootstrap(values, statistic, n=1000, seed=0):
+def bootstrap(values, statistic, n=1000, seed=0, centred=False):
     """95 % percentile interval of statistic(values), rows of (N, ...) redrawn n times -> (low, high) (Efron).
 
-    Rows must be independent: one per volume or episode, not per voxel or frame. ValueError: under 2 rows."""
+    Rows must be independent: one per volume or episode, not per voxel or frame. ValueError: under 2 rows.
+    centred: moved by as much as the draws lie off the value on average: for distances, which repeated rows
+    make larger."""
     values, generator = torch.as_tensor(values), torch.Generator().manual_seed(seed)
     N = len(values)
     if N < 2:
         raise ValueError(f"at least 2 rows needed, got {N}")
     draws = [float(statistic(values[torch.randint(N, (N,), generator=generator)])) for _ in range(n)]
-    return tuple(torch.tensor(draws).double().quantile(torch.tensor([.025, .975]).double()).tolist())
+    draws = torch.tensor(draws).double()
+    off = float(draws.mean()) - float(statistic(values)) if centred else 0.0
+    return tuple((draws.quantile(torch.tensor([.025, .975]).double()) - off).tolist())

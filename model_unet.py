@@ -52,8 +52,8 @@ def depth_to_space(x, patch):
 
 def modulated_group_norm(x, groups, scale, shift):
     """GN(x) (1 + scale) + shift with scale, shift (B, C), as ONE kernel: with the batch folded into the
-    channels every (sample, channel) pair has an affine pair of its own, as FiLM needs. x (B, C, *grid);
-    volumes with their channels last cannot be folded without a copy, and take two kernels."""
+    channels every (sample, channel) pair has an affine pair of its own, as FiLM needs. x (B, C, *grid).
+    Volumes with their channels last, which cannot be folded without a copy, take two."""
     if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
         return torch.addcmul(shift[:, :, None, None, None], F.group_norm(x, groups),
                              1 + scale[:, :, None, None, None])
@@ -101,8 +101,8 @@ def attend(q, k, v, mask=None):
 
 
 class Conv1x1x1(nn.Conv3d):
-    """With the channels last this is a matrix product, of which the CPU's convolution makes three times the
-    work on the way back."""
+    """A 1x1x1 convolution; with the channels last a matrix product, whose backward is three times faster on a
+    CPU."""
 
     def forward(self, x):
         if not x.is_contiguous(memory_format=torch.channels_last_3d):

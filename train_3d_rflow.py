@@ -7,7 +7,7 @@ Rectified flow on medical volumes, in one file: heads with lesions, lesion masks
     dx/dt = v_hat(x, t)  from 1 down to T_END, then  x_0 = x - T_END v_hat         (Liu 2022; Lipman 2023)
     v_lin = -mu + (t - (1-t) sigma^2) / Q (x_t - (1-t) mu),   Q = (1-t)^2 sigma^2 + t^2
                                                        best linear guess of a voxel; its loss is sigma^2 / Q
-    v_hat = v_lin + sigma / sqrt(Q) F((x_t - (1-t) mu) / sqrt(Q), t)               PREDICTION="residual"
+    v_hat = v_lin + sigma / sqrt(Q) F((x_t - (1-t) mu) / sqrt(Q), t)     PREDICTION="residual", sigma >= 0.2
 
     python train_3d_rflow.py                           # drawn heads, image given its mask, 2 CPU cores
     python train_3d_rflow.py MODE=seg_conditioned OUT=runs_seg     # masks with so many lesions of each size
@@ -47,7 +47,8 @@ from model_dit import DiT
 from model_unet import UNet
 
 # ---------------------------------------------------------------- settings: edit here, or give NAME=value
-DATA = "phantom"     # drawn heads; or a folder of .nii, .nii.gz, .npy, .npz; or one .npz
+DATA = "phantom"     # drawn heads; or a folder of .nii, .nii.gz, .npy, .npz; or one .npz: 70, 10, 20 % of the
+#                      subjects, by a hash of their names, train, validate, test
 MODE = "bravo"       # image given a mask; "image": no mask; "bravo_seg_cond": given a mask of each label;
 #                      "seg": masks; "seg_conditioned", "seg_conditioned_input", "seg_conditioned_improved":
 #                      masks given how many lesions of each size (as vectors, input maps, deeper vectors)
@@ -55,7 +56,7 @@ SHAPE = (32, 32, 32)  # D, H, W of the volumes; own data are cut or padded aroun
 FIELD = "auto"       # of phantoms: "head" 160x200x200 mm, "crop" 96^3 mm; auto: head for images, else crop
 FACTOR = 1           # own data: so many voxels a side become one
 LABELS = 1           # own data: the largest label of a mask; 0: there are none
-TRAIN = 1024         # phantoms to train on; 32 to see memorisation
+TRAIN = 1024         # phantoms to train on; 32 with EPOCHS=200 to see memorisation
 VAL = 32             # phantoms for the loss
 TEST = 64            # phantoms for distances
 EPOCHS = 6           # passes over the training volumes
@@ -72,7 +73,7 @@ WIDTH = 16           # unet: channels of the first level
 MULTS = (1, 2, 4)    # unet: channels of each level in units of WIDTH; each level halves the grid
 BLOCKS = (1, 1, 1)   # unet: ResBlocks of each level
 ATTENTION = (False, False, True)  # unet: self-attention at each level, below 1,000 voxels; the middle has it
-PATCH = 1            # unet: 2 lets every convolution see an eighth of the voxels. dit: side of a token
+PATCH = 1            # unet: 2 lets every convolution see an eighth of the voxels. dit: side of a token, 4
 DIM = 192            # dit: width; 384, 768, 1024 are S, B, L
 DEPTH = 6            # dit: blocks; 12, 12, 24
 HEADS = 6            # dit: 6, 12, 16
@@ -348,8 +349,8 @@ class Flow(nn.Module):
                            dropout=DROPOUT)
             width = self.net.dim
         self.channels = channels
-        # F's target is noise times a factor that follows sigma: where sigma jumps from voxel to voxel no
-        # convolution can. A wider one is as valid a start
+        # Never below 0.2: F's target is noise times a factor that follows sigma, and no convolution follows
+        # a sigma that jumps from voxel to voxel. The price: the first loss lies above the linear guess
         if AUGMENT != "none":  # a transform moves voxels, but not the statistics of the whole volume
             mean, square = ((mu, sigma.square() + mu.square())[i].mean((1, 2, 3), True) for i in (0, 1))
             mu, sigma = mean.expand_as(mu), (square - mean.square()).sqrt().expand_as(mu)
@@ -735,6 +736,8 @@ def reference(data, device):
     x = target(data.val, spread(len(data.val.names), 32))
     ref.zero = 1 + float(x.square().mean())  # E v^2 of noise and data
     ref.linear = linear_floor(data.mu, data.sigma, t).numpy()
+    drawn = time_of((torch.arange(64) + 0.5) / 64)  # t as training draws it
+    ref.linear_training = float(linear_floor(data.mu, data.sigma, drawn).mean())
     n = min(SAMPLES, len(data.test.names), len(data.train.names))
     ref.test, ref.train = (target(part, spread(len(part.names), n)) for part in (data.test, data.train))
     with torch.no_grad():
@@ -779,29 +782,32 @@ def draw_set(model, part, count, **how):
     """`count` samples under the conditions of a split's volumes: x_0 (count, C, D, H, W), the numbers of the
     volumes, and evaluations of the network a sample."""
     index = [i % len(part.names) for i in spread(max(count, len(part.names)), count)]
-    parts = []
+    parts, evaluations = [], 0.0
     for i in range(0, count, 8):
         x, asked = sample(model, [seed_of(SEED, "sample", j) for j in range(i, min(count, i + 8))],
                           condition_of(part, index[i:i + 8]), **how)
         parts.append(x.cpu())
-    return torch.cat(parts), index, asked
+        evaluations += asked * len(x) / count
+    return torch.cat(parts), index, evaluations
 
 
 def usual_mask(part):
-    """The voxels set in more than half of a split's masks, (M, D, H, W): what knowing nothing else gets."""
-    total = sum(labels_of(part, [i], mask_channels())[0] for i in range(len(part.names)))
-    return total > len(part.names) / 2
+    """The one mask that fits a split's masks best, (M, D, H, W): voxels set in more than a share of them, for
+    the share with the best Dice. What knowing nothing else gets."""
+    index = range(len(part.names))
+    mean = sum(labels_of(part, [i], mask_channels())[0] for i in index) / len(index)
+    some = labels_of(part, spread(len(index), 32), mask_channels())
+    return max((mean > share for share in (0.2, 0.3, 0.4, 0.5)), key=lambda m: dice(m.expand_as(some), some))
 
 
-def train_on_samples(model, data):
-    """Train-synthetic, test-real: Dice, on test volumes, of a segmenter trained on TSTR samples alone, drawn
-    under the masks of training volumes. Its ceiling is the segmenter trained on the real volumes."""
-    x, index, _ = draw_set(model, data.train, TSTR)
-    net = train_segmenter(lambda i: x[i], lambda i: labels_of(data.train, [index[j] for j in i],
-                                                              mask_channels()), TSTR, model.mu.device)
-    every = range(len(data.test.names))
-    found = binarize(segment(net, target(data.test, every).to(model.mu.device)).cpu())
-    return dice(found, labels_of(data.test, every, mask_channels()))
+def train_on_samples(model, data, index):
+    """Train-synthetic, test-real: masks of the test volumes `index` by a segmenter trained on TSTR samples
+    alone, drawn under the masks of training volumes. Its ceiling is the segmenter of the real volumes."""
+    x, under, _ = draw_set(model, data.train, TSTR)
+    device = model.mu.device
+    net = train_segmenter(lambda i: x[i], lambda i: labels_of(data.train, [under[j] for j in i],
+                                                              mask_channels()), TSTR, device)
+    return binarize(segment(net, target(data.test, index).to(device)).cpu())
 
 
 def compare_masks(model, data, ref, x, index, add):
@@ -809,8 +815,9 @@ def compare_masks(model, data, ref, x, index, add):
     The numbers about masks, each given to add(): Dice of what the segmenter sees in images drawn under masks;
     lesions asked for and counted. The ceiling is what real volumes get in the place of samples.
 
-    x: samples under the conditions of the test volumes `index`. Returns the lesions of each size that were
-    asked for and counted, (N, 2, bins); zeros where none were asked for.
+    x: samples under the conditions of the test volumes `index`. Returns, for the pictures, the lesions of
+    each size that were asked for and counted, (N, 2, bins); zeros where none were asked for, or where the
+    segmenter does not find half of them in real images either.
     """
     truth = best = labels_of(data.test, index, max(1, mask_channels()) if imaging() else LABELS)
     masks = x if not imaging() else None
@@ -821,9 +828,8 @@ def compare_masks(model, data, ref, x, index, add):
         add("dice", dice(masks, truth), "higher", floor=dice(masks.roll(1, 0), truth),
             ceiling=dice(best, truth))
         if TSTR and len(x) >= SAMPLES:
-            usual = usual_mask(data.train).expand_as(truth)
-            add("dice_trained_on_samples", train_on_samples(model, data), "higher", floor=dice(usual, truth),
-                ceiling=dice(best, truth))
+            add("dice_trained_on_samples", dice(train_on_samples(model, data, index), truth), "higher",
+                floor=dice(usual_mask(data.train).expand_as(truth), truth), ceiling=dice(best, truth))
     if masks is None or not (counting() or imaging()):
         return np.zeros((len(x), 2, bins), int)
     asked, got, real = np.array([
@@ -841,7 +847,7 @@ def compare_masks(model, data, ref, x, index, add):
     add("counts_exact", exact(got), "higher", floor=exact(np.roll(asked, 1, 0)), ceiling=exact(real))
     add("lesions_bias", float((got - asked).sum(1).mean()), None, floor=0.0,
         ceiling=float((real - asked).sum(1).mean()))
-    return np.stack([asked, got], 1)
+    return np.stack([asked, got], 1) * (not imaging() or 2 * real.sum() >= asked.sum())
 
 
 def evaluate(model, data, ref, count):
@@ -892,7 +898,8 @@ def summary(metrics):
         m = metrics[name]
         beside = [f"{k} {m[k]:.3f}" for k in ("floor", "ceiling") if m[k] is not None]
         return f"{name} {m['value']:.3f} ({', '.join(beside)})"
-    names = ("val_loss", "frechet_wavelet", "ms_ssim_diversity", "dice", "lesions_within_1", "memorised")
+    names = ("val_loss", "frechet_wavelet", "ms_ssim_diversity", "dice", "dice_trained_on_samples",
+             "lesions_within_1", "memorised")
     return ", ".join(one(name) for name in names if name in metrics)
 
 
@@ -902,7 +909,7 @@ def planes(volume, mask=None):
     viewer turns them: nose and top of the head up. RGB pictures, a voxel several pixels wide, so that the
     orange line around the mask, one pixel, hides nothing."""
     where = mask if mask is not None and mask.any() else None
-    pictures, zoom = [], max(1, 192 // max(volume.shape))
+    pictures, zoom = [], max(1, 160 // max(volume.shape))
     for axis, middle in enumerate(volume.shape):
         others = tuple(a for a in range(3) if a != axis)
         i = middle // 2 if where is None else int(where.sum(others).argmax())
@@ -930,7 +937,7 @@ def sheet(rows, titles, columns, title):
         up, left = (side - p.shape[0]) // 2, (side - p.shape[1]) // 2
         return np.pad(p, ((up, side - p.shape[0] - up), (left, side - p.shape[1] - left), (0, 0)))
     return tile(np.stack([np.stack([square(p) for p in row]) for row in rows]), title, rows=titles,
-                columns=columns, cell=1.6)
+                columns=columns, cell=max(1.6, side / 100))  # no pixel is lost
 
 
 def views(x, mask=None):
@@ -999,8 +1006,8 @@ def draw_loss(folder, arrays, ref, log):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     axes[0].plot(rows["step"][n - 1:], smooth, lw=1, label=f"training, mean of {n} steps")
     axes[0].axhline(ref.zero, color="0.6", ls=":", lw=1, label=f"predicting zero {ref.zero:.3f}")
-    axes[0].axhline(ref.linear.mean(), color="k", ls="--", lw=1,
-                    label=f"linear guess {ref.linear.mean():.3f} (uniform t)")
+    axes[0].axhline(ref.linear_training, color="k", ls="--", lw=1,
+                    label=f"linear guess {ref.linear_training:.3f}")
     axes[0].set(xlabel="optimizer step", ylabel="loss", yscale="log", title=f"t in training: {TIME}")
     axes[0].legend(fontsize=8)
     axes[1].plot(rows["step"], rows["grad_norm"], lw=0.6)
@@ -1101,8 +1108,8 @@ def sweep():
     """SWEEP=all: 5 fixed solvers x 5 numbers of steps and 4 adaptive ones x 2 tolerances on the finished run
     in OUT, all from the same noise: evaluations, distance to real volumes with its bootstrap interval, and
     how far the samples are from the exact solution. SWEEP=euler,heun2: those alone. T_END, GUIDANCE,
-    TOGETHER, SAMPLES, PRECISION are this call's, all else is the run's. Writes solver_sweep_all_0.02.png,
-    .npy and .md (0.02: T_END) into OUT/3d_rflow."""
+    TOGETHER, SAMPLES, PRECISION are this command's or the defaults, all else is the run's. Writes
+    solver_sweep_all_0.02.png, .npy and .md (0.02: T_END) into OUT/3d_rflow."""
     chosen = (*fixed_steps, *adaptive) if SWEEP == "all" else tuple(name.strip() for name in SWEEP.split(","))
     if not set(chosen) <= set(methods):
         fail(f"SWEEP={SWEEP!r}: all, or some of {', '.join(methods)}")
@@ -1126,7 +1133,7 @@ def sweep():
         with torch.no_grad():
             own = torch.cat([ref.encoder(part.to(device)).cpu() for part in x.split(16)])
         real, own = reduced(ref.features["test"], own)
-        low, high = bootstrap(own, lambda f: frechet(f, real), 100)
+        low, high = bootstrap(own, lambda f: frechet(f, real), 100, centred=True)
         rows.append([given, asked, frechet(own, real), low, high, frechet_wavelet(x, ref.test),
                      float((x - exact).square().mean().sqrt()), seconds])
     rows = np.array(rows)
@@ -1184,6 +1191,10 @@ def check_settings(world=1):
         fail(f"LABELS=0: MODE={MODE} needs masks; MODE=image does not")
     if DATA == "phantom" and LABELS != 1:
         fail(f"LABELS={LABELS}: the phantoms' masks have the label 1 alone")
+    if TSTR and not mask_channels():
+        fail(f"TSTR={TSTR}: MODE={MODE} draws no images under masks to train a segmenter on")
+    if SWEEP and world > 1:
+        fail("SWEEP compares solvers in one process: start it without torchrun")
     if BACKBONE == "unet":
         factor = PATCH * 2 ** (len(MULTS) - 1)
         if any(s % factor for s in SHAPE):
@@ -1196,6 +1207,8 @@ def check_settings(world=1):
             fail(f"WIDTH={WIDTH} times each of MULTS={MULTS} must be divisible by 8, the groups of the norms")
     elif DIM % HEADS or DIM // HEADS < 6 or DIM // HEADS % 2:
         fail(f"DIM={DIM} over HEADS={HEADS} must be a whole, even number of at least 6, a pair for each axis")
+    elif (tokens := math.prod(-(-s // PATCH) for s in SHAPE)) > 16_384:
+        fail(f"PATCH={PATCH} makes {tokens:,} tokens of SHAPE={SHAPE}, more than 16,384: raise it")
     if BATCH_SIZE % world:
         fail(f"BATCH_SIZE={BATCH_SIZE} does not divide over {world} processes")
 
@@ -1245,6 +1258,8 @@ def save_samples(checkpoint, folder, prompt, count, seed):
         data = load_data()
     except (ValueError, OSError) as error:
         fail(error)
+    if checkpoint["data"] != data.hash:
+        fail(f"the checkpoint was trained on other data than DATA={DATA} gives now")
     model, index = build_ema(checkpoint, data, device), [i % len(data.test.names) for i in range(count)]
     condition = condition_of(data.test, index)
     if prompt:
@@ -1388,6 +1403,7 @@ def main():
         if guard.lost:
             common.roll_back(run, guard, restore, at, LR)
             bar.n = at.step
+            losses.clear()
             continue
         if run.rank > 0:
             continue
@@ -1399,7 +1415,7 @@ def main():
         if at.step % per_epoch == 0:
             mean = float(np.mean(losses[-per_epoch:]))
             idle = at.step > max(200, 2 * WARMUP * total) and mean > 0.95 * ref.zero
-            tqdm.write(f"epoch {epoch + 1:4d}  loss {mean:.4f} (linear guess {ref.linear.mean():.4f}, zero "
+            tqdm.write(f"epoch {epoch + 1:4d}  loss {mean:.4f} (linear guess {ref.linear_training:.4f}, zero "
                        f"{ref.zero:.3f})  lr {lr:.1e}  grad {guard.average:.2f}  skipped {guard.skipped}  "
                        f"{at.seconds:.0f} s" + ("  ALARM: no better than predicting zero" if idle else ""))
         if time.monotonic() - saved_at > SAVE_SECONDS:

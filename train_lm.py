@@ -1909,6 +1909,7 @@ def train(before=None):
         if guard.lost:
             common.roll_back(run, guard, restore, at, LR)
             bar.n = at.step
+            losses.clear()
             continue
         if run.rank > 0:
             continue

@@ -1067,6 +1067,7 @@ def main():
         if guard.lost:
             common.roll_back(run, guard, restore, at, LR)
             bar.n = at.step
+            losses.clear()
             continue
         if run.rank > 0:
             continue

@@ -968,13 +968,23 @@ def test_a_segmenter_trained_on_samples_is_as_good_as_they_are(use, monkeypatch)
     scores = []
     for samples in (images[:16], 0.2 * rand(16, 1, 8, 8, 8, seed=2)):
         monkeypatch.setattr(rf, "draw_set", lambda model, part, n: (samples, list(range(n)), 1.0))
-        scores.append(rf.train_on_samples(SimpleNamespace(mu=torch.zeros(1)),
-                                          SimpleNamespace(train=train, test=test)))
+        found = rf.train_on_samples(SimpleNamespace(mu=torch.zeros(1)),
+                                    SimpleNamespace(train=train, test=test), [0, 3, 6])
+        scores.append(rf.dice(found, masks[[16, 19, 22]]))
     assert scores[0] > 0.5 > scores[1] + 0.2
-    half = SimpleNamespace(names=[0, 1, 2], masks=np.array([0, 0, 1], np.uint8).reshape(3, 1, 1, 1))
-    assert not rf.usual_mask(half).any()
-    half.masks[1] = 1
-    assert rf.usual_mask(half).all()
+
+
+@pytest.mark.parametrize("often, kept", ((1, False), (2, True), (3, True)))
+def test_the_usual_mask_is_the_best_of_constant_ones(use, often, kept):
+    """One voxel in every mask, another in `often` of four: Dice with and without it decides."""
+    use(MODE="bravo")
+    masks = np.ones((4, 1, 1, 2), np.uint8)
+    masks[often:, ..., 1] = 0
+    part = SimpleNamespace(names=list(range(4)), masks=masks)
+    usual = rf.usual_mask(part)
+    assert usual.flatten().tolist() == [True, kept]
+    with_it, without = (np.mean([2 * min(a, b) / (a + b) for b in masks.sum((1, 2, 3))]) for a in (2, 1))
+    assert (with_it >= without) == kept
 
 
 # ---------------------------------------------------------------- steps, guard
