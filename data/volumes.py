@@ -599,8 +599,8 @@ def load_folder(path, shape, factor=1, labels=1, subject=SUBJECT, val=0.1, test=
     names = {split: [case.name for case in cases if case.split == split] for split in SPLITS}
     if not (names["train"] and names["val"]):
         raise ValueError(f"{path}: expected volumes for train and val, found {len(names['train'])} and "
-                         f"{len(names['val'])}; give more, another share than val={val}, or another subject "
-                         f"than {subject!r} if that takes all for one")
+                         f"{len(names['val'])}; give more subjects (names that begin with the same match of "
+                         f"{subject!r} are one)")
     seen = SimpleNamespace(shapes=[], spacings=[], cut=0)
 
     def volumes(split):

@@ -565,7 +565,7 @@ def test_split_by_subject_is_stable(tmp_path):
     assert splits().items() <= split.items()  # fewer files, the same places
     # The literal pins the split: a checkpoint of today must not meet its train volumes in tomorrow's test.
     assert [n for n in range(40) if volumes._split(f"sub-{n:02}", .1, .1) == "val"] == [2, 12, 23, 25, 35]
-    with pytest.raises(ValueError, match="for train and val, found 0 and 28; .*another subject than 'p'"):
+    with pytest.raises(ValueError, match="for train and val, found 0 and 28; .*the same match of 'p' are one"):
         splits(subject="p", val=1, test=0)
     finer = splits(subject=r"p\d+_visit\d")
     assert any(finer[n] != finer[n.replace("visit1", "visit2")] for n in finer)
