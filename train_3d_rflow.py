@@ -620,6 +620,12 @@ class Encoder(nn.Module):
         return torch.cat([x.mean((2, 3, 4)), x.std((2, 3, 4), correction=0)], 1)
 
 
+@torch.no_grad()
+def features_of(encoder, x, device):
+    """Encoder features (N, 128) of volumes x (N, C, D, H, W), on the CPU."""
+    return torch.cat([encoder(part.to(device)).cpu() for part in x.split(16)])
+
+
 def wavelet_packets(x, side=4, most=64):
     """The full tree of Haar packets of x (N, C, D, H, W) down to about side^3 numbers: (packets, N, <= most).
     k levels of Haar steps on all bands are one Walsh-Hadamard transform of blocks of 2^k voxels a side, which
@@ -740,9 +746,7 @@ def reference(data, device):
     ref.linear_training = float(linear_floor(data.mu, data.sigma, drawn).mean())
     n = min(SAMPLES, len(data.test.names), len(data.train.names))
     ref.test, ref.train = (target(part, spread(len(part.names), n)) for part in (data.test, data.train))
-    with torch.no_grad():
-        ref.features = {name: ref.encoder(x.to(device)).cpu() for name, x in
-                        (("test", ref.test), ("train", ref.train))}
+    ref.features = {name: features_of(ref.encoder, getattr(ref, name), device) for name in ("test", "train")}
     ref.segmenter = segmenter_of(data, device) if mask_channels() else None
     return ref
 
@@ -778,17 +782,23 @@ def loss_by_time(model, data, ref, count=32):
     return table
 
 
+def sample_many(model, seed, count, condition, **how):
+    """sample() for `count` volumes, eight at a time: x_0 on the CPU, and evaluations a sample."""
+    parts, evaluations = [], 0.0
+    for i in range(0, count, 8):
+        x, asked = sample(model, [seed_of(seed, "sample", j) for j in range(i, min(count, i + 8))],
+                          {k: v[i:i + 8] for k, v in condition.items()}, **how)
+        parts.append(x.cpu())
+        evaluations += asked * len(x) / count
+    return torch.cat(parts), evaluations
+
+
 def draw_set(model, part, count, **how):
     """`count` samples under the conditions of a split's volumes: x_0 (count, C, D, H, W), the numbers of the
     volumes, and evaluations of the network a sample."""
     index = [i % len(part.names) for i in spread(max(count, len(part.names)), count)]
-    parts, evaluations = [], 0.0
-    for i in range(0, count, 8):
-        x, asked = sample(model, [seed_of(SEED, "sample", j) for j in range(i, min(count, i + 8))],
-                          condition_of(part, index[i:i + 8]), **how)
-        parts.append(x.cpu())
-        evaluations += asked * len(x) / count
-    return torch.cat(parts), index, evaluations
+    x, evaluations = sample_many(model, SEED, count, condition_of(part, index), **how)
+    return x, index, evaluations
 
 
 def usual_mask(part):
@@ -871,9 +881,7 @@ def evaluate(model, data, ref, count):
         floor=frechet_wavelet(mean + data.sigma.float() * torch.randn(
             mean.shape, generator=generator_of(0, "floor")), ref.test),
         ceiling=frechet_wavelet(ref.train, ref.test), n=n)
-    with torch.no_grad():
-        own = torch.cat([ref.encoder(part.to(device)).cpu() for part in x.split(16)])
-        wrong = ref.encoder(noise.to(device)).cpu()
+    own, wrong = features_of(ref.encoder, x, device), features_of(ref.encoder, noise, device)
     real, own_pc, train_pc, wrong_pc = reduced(ref.features["test"], own[:n], ref.features["train"], wrong)
     add("frechet_features", frechet(own_pc, real), "lower", floor=frechet(wrong_pc, real),
         ceiling=frechet(train_pc, real), n=n)
@@ -1119,8 +1127,6 @@ def sweep():
     kept = "OUT SWEEP SAMPLES T_END TOGETHER GUIDANCE PRECISION".split()
     globals().update({k: v for k, v in checkpoint["settings"].items() if k not in kept})
     data, ref = prepare(device)
-    if checkpoint["data"] != data.hash:
-        fail(f"{folder} was trained on other data than DATA={DATA} gives now")
     model, n = build_ema(checkpoint, data, device), len(ref.test)
     exact = draw_set(model, data.test, n, solver="dopri5", tolerance=1e-5)[0]
     plan = [(s, dict(steps=k), k) for s in chosen if s in fixed_steps for k in (5, 10, 25, 50, 100)]
@@ -1130,9 +1136,7 @@ def sweep():
         clock = time.monotonic()
         x, _, asked = draw_set(model, data.test, n, solver=solver, **how)
         seconds = (time.monotonic() - clock) / n
-        with torch.no_grad():
-            own = torch.cat([ref.encoder(part.to(device)).cpu() for part in x.split(16)])
-        real, own = reduced(ref.features["test"], own)
+        real, own = reduced(ref.features["test"], features_of(ref.encoder, x, device))
         low, high = bootstrap(own, lambda f: frechet(f, real), 100, centred=True)
         rows.append([given, asked, frechet(own, real), low, high, frechet_wavelet(x, ref.test),
                      float((x - exact).square().mean().sqrt()), seconds])
@@ -1232,7 +1236,9 @@ def build_model(data):
 
 
 def build_ema(checkpoint, data, device):
-    """The averaged model of a checkpoint, ready to sample."""
+    """The averaged model of a checkpoint, ready to sample; one line when it was trained on other data."""
+    if checkpoint["data"] != data.hash:
+        fail(f"the checkpoint was trained on other data than DATA={DATA} gives now")
     model = Flow(*checkpoint["channels"], *(checkpoint["ema"][k][0] for k in ("mu", "sigma"))).to(device)
     common.load_strictly(model, checkpoint["ema"], "the checkpoint's EMA")
     return model.eval().requires_grad_(False)
@@ -1244,8 +1250,6 @@ def inference_full(checkpoint, folder, log):
     check_settings()
     device = common.pick_device()
     data, ref = prepare(device)
-    if checkpoint["data"] != data.hash:
-        fail(f"the checkpoint was trained on other data than DATA={DATA} gives now")
     return report(folder, build_ema(checkpoint, data, device), data, ref, log)
 
 
@@ -1258,8 +1262,6 @@ def save_samples(checkpoint, folder, prompt, count, seed):
         data = load_data()
     except (ValueError, OSError) as error:
         fail(error)
-    if checkpoint["data"] != data.hash:
-        fail(f"the checkpoint was trained on other data than DATA={DATA} gives now")
     model, index = build_ema(checkpoint, data, device), [i % len(data.test.names) for i in range(count)]
     condition = condition_of(data.test, index)
     if prompt:
@@ -1270,9 +1272,7 @@ def save_samples(checkpoint, folder, prompt, count, seed):
                 f"{bins} counts up to {cap}, for lesions of {', '.join(size_names)} mm, such as 0,0,0,1,0,2,0"
                 if counting() else f"MODE={MODE} takes none; conditions come from test volumes"))
         condition = dict(counts=torch.tensor([numbers] * count))
-    parts = [sample(model, [seed_of(seed, "sample", j) for j in range(i, min(count, i + 8))],
-                    {k: v[i:i + 8] for k, v in condition.items()})[0].cpu() for i in range(0, count, 8)]
-    x = torch.cat(parts)
+    x, _ = sample_many(model, seed, count, condition)
     folder.mkdir(parents=True, exist_ok=True)
     masks = condition["mask"].amax(1).numpy() if "mask" in condition else [None] * count
     figure = sheet([views(v.numpy(), m) for v, m in zip(x, masks)], [f"seed {i}" for i in range(count)],

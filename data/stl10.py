@@ -38,6 +38,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data import program
+
 CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 KINDS = CLASSES + ("bear", "bus")  # the last two only appear in the unlabelled split
 SPLITS = ("train", "test", "unlabeled")  # the position is the j of default_rng([seed, j, i])
@@ -1029,36 +1031,30 @@ USAGE = ("usage: python -m data.stl10 [preview [PNG]] | make FOLDER | download F
          "import SOURCE FOLDER [SIZE] | check FOLDER")
 
 
+@program
 def main(arguments):
     """Run one command line; returns the exit code: 0, or 2 after one line on stderr."""
     command, *rest = arguments or ["preview"]
-    try:
-        if command in ("-h", "--help", "help"):
-            print(USAGE)
-        elif command == "preview" and len(rest) <= 1:
-            print(f"wrote {preview(*rest)}")
-        elif command in ("make", "download") and len(rest) == 1:
-            (make if command == "make" else download)(rest[0])
-            print(f"{rest[0]}: ready")
-        elif command == "import" and len(rest) in (2, 3):
-            if len(rest) == 3 and not rest[2].isdigit():
-                raise ValueError(f"SIZE {rest[2]!r}: expected a number of pixels; {USAGE}")
-            import_pictures(rest[0], rest[1], *map(int, rest[2:]))
-            print(f"{rest[1]}: ready")
-        elif command == "check" and len(rest) == 1:
-            check(rest[0])
-        elif command == "draw" and len(rest) == 5:  # a worker of make: fills its part, reports to stdout
-            counts = tuple(map(int, rest[2].split(",")))
-            for done in _draw_part(rest[0], int(rest[1]), counts, int(rest[3]), int(rest[4])):
-                os.write(1, f"{done}\n".encode())  # in one piece: all workers share the pipe
-        else:
-            raise ValueError(USAGE)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+    elif command == "preview" and len(rest) <= 1:
+        print(f"wrote {preview(*rest)}")
+    elif command in ("make", "download") and len(rest) == 1:
+        (make if command == "make" else download)(rest[0])
+        print(f"{rest[0]}: ready")
+    elif command == "import" and len(rest) in (2, 3):
+        if len(rest) == 3 and not rest[2].isdigit():
+            raise ValueError(f"SIZE {rest[2]!r}: expected a number of pixels; {USAGE}")
+        import_pictures(rest[0], rest[1], *map(int, rest[2:]))
+        print(f"{rest[1]}: ready")
+    elif command == "check" and len(rest) == 1:
+        check(rest[0])
+    elif command == "draw" and len(rest) == 5:  # a worker of make: fills its part, reports to stdout
+        counts = tuple(map(int, rest[2].split(",")))
+        for done in _draw_part(rest[0], int(rest[1]), counts, int(rest[3]), int(rest[4])):
+            os.write(1, f"{done}\n".encode())  # in one piece: all workers share the pipe
+    else:
+        raise ValueError(USAGE)
 
 
 if __name__ == "__main__":

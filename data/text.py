@@ -46,6 +46,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from data import program
+
 SPLITS = ("train", "val", "test")
 CACHE = "runs/cache"
 SPELLINGS = dict(train="train", val="val", valid="val", validation="val", dev="val", test="test")
@@ -922,33 +924,27 @@ USAGE = ("usage: python -m data.text [show [NAME]] [--cache FOLDER] | "
          "prepare shakespeare|wikitext2 [--from PATH] [--cache FOLDER]")
 
 
+@program
 def main(arguments):
     """Run one command line; returns the exit code: 0, or 2 after one line on stderr."""
     words, options = [], dict(cache=CACHE)
-    try:
-        rest = iter(arguments)
-        for word in rest:
-            if word in ("--from", "--cache"):
-                options[word[2:]] = next(rest, None)
-                if options[word[2:]] is None:
-                    raise ValueError(f"{word}: expected a path after it; {USAGE}")
-            else:
-                words.append(word)
-        command, *names = words or ["show"]
-        if command in ("-h", "--help", "help"):
-            print(USAGE)
-        elif command == "show" and len(names) <= 1 and "from" not in options:
-            show(*names, cache=options["cache"])
-        elif command == "prepare" and len(names) == 1:
-            print(prepare(names[0], options.get("from"), options["cache"]))
+    rest = iter(arguments)
+    for word in rest:
+        if word in ("--from", "--cache"):
+            options[word[2:]] = next(rest, None)
+            if options[word[2:]] is None:
+                raise ValueError(f"{word}: expected a path after it; {USAGE}")
         else:
-            raise ValueError(USAGE)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+            words.append(word)
+    command, *names = words or ["show"]
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+    elif command == "show" and len(names) <= 1 and "from" not in options:
+        show(*names, cache=options["cache"])
+    elif command == "prepare" and len(names) == 1:
+        print(prepare(names[0], options.get("from"), options["cache"]))
+    else:
+        raise ValueError(USAGE)
 
 
 if __name__ == "__main__":

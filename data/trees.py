@@ -36,6 +36,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data import program
+
 SPECIES = ("oak", "birch", "spruce", "jungle", "acacia", "dark_oak", "cherry")
 AIR, MASK = 0, 15
 SEEDS = dict(train=1, val=2, test=3)  # the streams of the splits
@@ -1020,25 +1022,19 @@ def preview(path="runs/preview_trees.png", seed=SEEDS["train"]):
 USAGE = "usage: python -m data.trees [preview [PNG]] | check FILE [SIZE]"
 
 
+@program
 def main(arguments):
     """Run one command line; returns the exit code: 0, or 2 after one line on stderr."""
     command, *rest = arguments or ["preview"]
-    try:
-        if command in ("-h", "--help", "help"):
-            print(USAGE)
-        elif command == "preview" and len(rest) <= 1:
-            print(f"wrote {preview(*rest)}")
-        elif command == "check" and 1 <= len(rest) <= 2 and rest[1:] in ([], ["16"], ["32"]):
-            found = load(rest[0], *map(int, rest[1:]))
-            print("\n".join([*found.left_out, found.facts]))
-        else:
-            raise ValueError(USAGE)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+    elif command == "preview" and len(rest) <= 1:
+        print(f"wrote {preview(*rest)}")
+    elif command == "check" and 1 <= len(rest) <= 2 and rest[1:] in ([], ["16"], ["32"]):
+        found = load(rest[0], *map(int, rest[1:]))
+        print("\n".join([*found.left_out, found.facts]))
+    else:
+        raise ValueError(USAGE)
 
 
 if __name__ == "__main__":

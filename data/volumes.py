@@ -42,6 +42,8 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
+from data import program
+
 HEAD, CROP = (160.0, 200.0, 200.0), (96.0, 96.0, 96.0)  # fields of view, mm
 EDGES = (0, 3, 6, 10, 15, 20, 30, math.inf)  # of the bins of size, mm
 SEEDS = dict(train=0, val=1_000_000, test=2_000_000)  # first phantom of each split
@@ -849,24 +851,18 @@ def preview(path="runs/preview_volumes.png", seeds=(17, 18, 50)):
 USAGE = "usage: python -m data.volumes [preview [PNG]] | check FOLDER"
 
 
+@program
 def main(arguments):
     """Run one command line; returns the exit code: 0, or 2 after one line on stderr or with a bad file."""
     command, *rest = arguments or ["preview"]
-    try:
-        if command in ("-h", "--help", "help"):
-            print(USAGE)
-        elif command == "preview" and len(rest) <= 1:
-            print(f"wrote {preview(*rest)}")
-        elif command == "check" and len(rest) == 1:
-            return 2 if check(rest[0]) else 0
-        else:
-            raise ValueError(USAGE)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+    elif command == "preview" and len(rest) <= 1:
+        print(f"wrote {preview(*rest)}")
+    elif command == "check" and len(rest) == 1:
+        return 2 if check(rest[0]) else 0
+    else:
+        raise ValueError(USAGE)
 
 
 if __name__ == "__main__":

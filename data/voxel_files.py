@@ -34,7 +34,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-SPECIES = ("oak", "birch", "spruce", "jungle", "acacia", "dark_oak", "cherry")
+from data.trees import SPECIES
+
 BLOCKS = ("air", *(f"{species}_{part}" for species in SPECIES for part in ("log", "leaves")))  # by class
 EMPTY = {"air", "cave_air", "void_air", "structure_void", "barrier"}  # builders leave invisible barriers
 VERSION, CHERRY_VERSION = 2975, 3463  # DataVersion of Minecraft 1.18.2; of 1.20, which brought cherries
