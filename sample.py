@@ -5,6 +5,7 @@ Draw samples from any checkpoint: it says which script made it, and with which s
     python sample.py --checkpoint runs/stl10/last.pt --prompt cat,ship --num-samples 8 --sampling-steps 50
     python sample.py --checkpoint runs/stl10/last.pt SOLVER=ddim ETA=1  # any setting of that script
     python sample.py --checkpoint runs/lm_stage3/last.pt --prompt "The with statement" TEMPERATURE=0.7
+    python sample.py --checkpoint runs/voxel_d3pm/last.pt --prompt "tall oak tree" --size normal
     python sample.py --checkpoint runs/stl10/last.pt --full             # all diagnostics again, the same bits
     python sample.py --checkpoint runs/stl10/last.pt --export           # the EMA weights alone, to publish
 
@@ -27,8 +28,10 @@ def parse():
     parser.add_argument("--checkpoint", required=True, type=Path,
                         help="last.pt, best.pt or epoch_NNNN.pt of a run folder")
     parser.add_argument("--prompt", default="",
-                        help="class names, separated by commas (empty: every class); or how a text begins")
-    parser.add_argument("--size", default="", help="pixels a side, where the network can draw others")
+                        help="class names, separated by commas (empty: every class); what a tree should be, "
+                             "such as 'tall oak'; or how a text begins")
+    parser.add_argument("--size", default="",
+                        help="pixels a side, where the network can draw others; trees: small, normal, large")
     parser.add_argument("--num-samples", type=int, default=8, help="for each prompt")
     parser.add_argument("--sampling-steps", type=int, help="instead of the STEPS of the run")
     parser.add_argument("--guidance", type=float, help="instead of the GUIDANCE of the run")
