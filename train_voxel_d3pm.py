@@ -20,7 +20,8 @@ Discrete diffusion of block trees (D3PM), in one file: from a prompt to a tree t
                                                        # setting, INPAINT=trunk.schem grows a crown on yours
 
 Letters: B trees in a batch, n the grid's side, K classes of blocks (0 is air), S = K states and MASK (= K)
-where the process absorbs, L words of a caption, N sampling steps. A grid is [y, z, x], y up.
+where the process absorbs, L words of a caption, N sampling steps. A grid is [y, z, x], y up. What is noised
+and drawn is the box of the grid that trees of the data reach, (h, w, w); the rest is air.
 Not here: per-class loss weights, confidence order, top-p, argmax: each makes trees worse. Two stages of a
 plan and its detail are COARSE; species swap, larger worlds and blocks of other things are not here.
 """
@@ -125,9 +126,9 @@ def kinds():
 def load_data():
     """
     data.train, .test, .fresh: namespaces of voxels uint8 (N, n, n, n), slots (list of N dicts) and kind (list
-    of N names). data.K classes; counts (n, n, n, K) of the training trees, every class once more than seen;
-    blocks, their mean number in a tree; names, the kinds; seen, what captions said; pi, the noise law. Raises
-    ValueError or OSError in one line.
+    of N names). data.K classes; box (h, w, w), see box_of(); counts (h, w, w, K) of the training trees, no
+    class impossible; blocks, their mean number in a tree; names, the kinds; seen, what captions said; pi, the
+    noise law. Raises ValueError or OSError in one line.
     """
     if DATA == "trees":
         cache = Path(OUT) / "cache"
@@ -160,10 +161,12 @@ def load_data():
     g, voxels = np.random.default_rng(0), train.voxels
     if DATA != "trees" and COARSE != "plan":  # as draw_batch() turns them
         voxels = np.stack([trees.augment(v, g, JITTER) for v in train.voxels for _ in range(8)])
+    data.box = box_of([train, test])
+    voxels = in_box(voxels, data.box)
     counts = np.stack([(voxels == k).sum(0) for k in range(data.K)], -1).astype(np.float64)
     share = (counts.sum((0, 1, 2)) + 1) / (counts.sum() + data.K)  # no class is impossible
-    data.counts = (counts.sum((0, 1, 2)) + 1) if PRIOR == "class" else counts + share
-    data.frequencies, data.blocks = share, float((voxels > 0).mean() * voxels[0].size)
+    data.counts = (counts.sum((0, 1, 2)) + 1) if PRIOR == "class" else counts + 0.01 * share
+    data.frequencies, data.blocks = share, float((voxels > 0).sum() / len(voxels))
     data.seen = {}
     for slots in train.slots:
         for slot, value in slots.items():
@@ -171,6 +174,39 @@ def load_data():
     data.seen = {slot: sorted(values) for slot, values in data.seen.items()}
     data.pi = noise_law(share)
     return data
+
+
+def divisor():
+    """What a side of the network's grid must divide by."""
+    return PATCH * (2 ** (len(MULTS) - 1) if BACKBONE == "unet" else 1)
+
+
+def box_of(parts):
+    """(h, w, w): the smallest box about the trunk that holds every tree, and that the network can halve. The
+    air around it would cost the network most of its time."""
+    side = parts[0].voxels.shape[1]
+    if COARSE:  # a plan and its detail must have one frame
+        return (side,) * 3
+    _, y, *across = np.concatenate([part.voxels for part in parts]).nonzero()
+    reach = max(np.abs(a + 0.5 - side // 2).max() + 0.5 for a in across)
+    reach += 0 if DATA == "trees" else 2 + JITTER  # turned about the axis of a 2x2 trunk, and moved
+    h, w = (min(-(-int(n) // divisor()) * divisor(), side) for n in (y.max() + 1, 2 * reach))
+    return h, w + (w - side) % 2, w + (w - side) % 2
+
+
+def in_box(v, box):
+    """The box (h, w, w) of grids (N, n, n, n), without a copy."""
+    low = (v.shape[-1] - box[-1]) // 2
+    return v[:, :box[0], low:low + box[1], low:low + box[2]]
+
+
+def to_voxels(x, model):
+    """int64 states in the model's box (N, h, w, w) -> uint8 classes (N, n, n, n) as data.trees has them, with
+    MASK 15."""
+    n = GRID // 2 if COARSE == "plan" else GRID
+    v = np.zeros((len(x), n, n, n), np.uint8)
+    in_box(v, x.shape[1:])[:] = np.where((x := x.cpu().numpy()) == model.K, trees.MASK, x)
+    return v
 
 
 def pooled(v):
@@ -213,7 +249,7 @@ def draw_batch(data, step, attempt=0):
     voxels = data.train.voxels[index]
     if DATA != "trees" and COARSE != "plan":  # drawn trees look in all directions already
         voxels = np.stack([trees.augment(v, words, JITTER) for v in voxels])
-    x_0 = torch.from_numpy(np.ascontiguousarray(voxels)).long()
+    x_0 = torch.from_numpy(in_box(voxels, data.box).astype(np.int64))
     # stratified, and dense where the sampler's steps are; in random order, as processes share the batch
     u = (torch.randperm(n, generator=g) + torch.rand((), generator=g)) / n
     t = torch.cos(math.pi / 2 * u)
@@ -250,14 +286,14 @@ class Denoiser(nn.Module):
     """
     Logits of p(x_0 | the other voxels of x_t, t, prompt): what posterior() makes p(x_0 | x_t) of.
 
-    prior   (n, n, n, K) log-frequencies that F is added to: the network starts as independent voxels
+    prior   (h, w, w, K) log-frequencies that F is added to: the network starts as independent voxels
     pi      (S,) the noise law, part of every checkpoint
     blocks  mean number of blocks in a training tree, N_ref of the loss
     """
 
     def __init__(self, prior, pi, blocks):
         super().__init__()
-        side, self.K, extra = prior.shape[0], prior.shape[-1], 0
+        self.K, extra = prior.shape[-1], 0
         self.block = nn.Embedding(len(pi), EMBED)
         if SELF_CONDITION:
             self.before, extra = nn.Linear(self.K, EMBED, bias=False), extra + EMBED
@@ -274,15 +310,17 @@ class Denoiser(nn.Module):
                            dropout=DROPOUT)
             width = self.net.dim
         self.words = Words(width)
-        y, z, x = torch.meshgrid(*[torch.arange(side) / side] * 3, indexing="ij")
-        self.register_buffer("place", torch.stack([y, (z - 0.5).abs(), (x - 0.5).abs()]), persistent=False)
+        y, z, x = torch.meshgrid(*(torch.arange(n) / 16 for n in prior.shape[:3]), indexing="ij")
+        middle = prior.shape[1] // 2 / 16
+        place = torch.stack([y, (z - middle).abs(), (x - middle).abs()], -1)
+        self.register_buffer("place", place, persistent=False)
         self.register_buffer("prior", prior.float())
         self.register_buffer("pi", pi.double())
         self.register_buffer("blocks", torch.tensor(float(blocks)))
 
     def forward(self, x_t, t, words, before=None, plan=None):
-        """x_t int64 (B, n, n, n), t (B,), words (B, L); before: p of the step before (B, n, n, n, K); plan
-        int64 (B, n/2, n/2, n/2), K where there is none. Returns float32 (B, n, n, n, K)."""
+        """x_t int64 (B, h, w, w), t (B,), words (B, L); before: p of the step before (B, h, w, w, K); plan
+        int64 (B, n/2, n/2, n/2), K where there is none. Returns float32 (B, h, w, w, K)."""
         assert x_t.dtype == torch.long, "x_t are drawn blocks, never probabilities: those would give x_0 away"
         parts = [self.block(x_t)]
         if SELF_CONDITION:
@@ -293,17 +331,16 @@ class Denoiser(nn.Module):
             for axis in (1, 2, 3):
                 plan = plan.repeat_interleave(2, axis)
             parts.append(self.plan(plan))
-        inputs = torch.cat([*(part.movedim(-1, 1) for part in parts),
-                            self.place.expand(len(x_t), -1, -1, -1, -1)], 1)
-        if x_t.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):  # faster in fp32
-            inputs = inputs.contiguous(memory_format=torch.channels_last_3d)
+        inputs = torch.cat([*parts, self.place.expand(len(x_t), -1, -1, -1, -1)], -1).movedim(-1, 1)
+        if x_t.device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # channels last: faster in fp32
+            inputs = inputs.contiguous()
         return self.net(inputs, t, vector=self.words(words)).float().movedim(1, -1) + self.prior
 
 
 def build_model(data):
     """The network for the data at hand."""
     log = torch.from_numpy(np.log(data.counts / data.counts.sum(-1, keepdims=True)))
-    return Denoiser(log.expand(*data.train.voxels.shape[1:], data.K), data.pi, data.blocks)
+    return Denoiser(log.expand(*data.box, data.K), data.pi, data.blocks)
 
 
 # ---------------------------------------------------------------- method: noise, posteriors, losses
@@ -383,7 +420,7 @@ def rate_gap(log_p, x_0, x_t, t, pi):
 
 def loss_fn(model, x_0, x_t, t, words, pi, blocks, again=None, plan=None):
     """
-    Loss of each tree (B,), in nats a block. x_0, x_t int64 (B, n, n, n), t (B,) = cos(pi u / 2) of uniform u,
+    Loss of each tree (B,), in nats a block. x_0, x_t int64 (B, h, w, w), t (B,) = cos(pi u / 2) of uniform u,
     words (B, L), pi (S,), blocks = N_ref; again (B,) bool: who sees a first estimate; plan: as forward.
 
     ce: -log p(x_0) summed over the voxels; a revealed one costs nothing. That is the ELBO times t, and looks
@@ -395,7 +432,7 @@ def loss_fn(model, x_0, x_t, t, words, pi, blocks, again=None, plan=None):
             first = posterior(model(x_t, t, words, plan=plan), x_t, t, pi).exp()
             before = first * wide(again, x_t)[..., None]
     log_p = posterior(model(x_t, t, words, before, plan), x_t, t, pi)
-    ce = -log_p.gather(-1, x_0[..., None])[..., 0]  # (B, n, n, n)
+    ce = -log_p.gather(-1, x_0[..., None])[..., 0]  # (B, h, w, w)
     density = wide(math.pi / 2 * (1 - t.square()).clamp(min=0).sqrt(), x_t)  # dt/du
     if LOSS == "elbo":
         ce = density * rate_gap(log_p, x_0, x_t, t.clamp(1e-4, 1 - 1e-4), pi)
@@ -455,12 +492,12 @@ def sample(model, seeds, words, steps=None, kind="", begin=1.0, x=None, known=No
     words   (B, L) captions
     steps   STEPS where None
     kind    of ReMDM: "" for none, "cap", "rescale", "loop"
-    begin   the time to start from, with x int64 (B, n, n, n); else pure noise, drawn here
-    known   int64 (B, n, n, n), -1 where nothing is known: blocks to keep. Exact where the process absorbs
+    begin   the time to start from, with x int64 (B, h, w, w); else pure noise, drawn here
+    known   int64 (B, h, w, w), -1 where nothing is known: blocks to keep. Exact where the process absorbs
             (they are never MASK); else they are noised anew to every t, an approximation
     plan    int64 (B, n/2, n/2, n/2) for COARSE=detail
     path    a list that gets (t, x on the CPU) before every step, and the result
-    Returns x_0 int64 (B, n, n, n) and a namespace: asked, evaluations of the network a tree; revealed, the
+    Returns x_0 int64 (B, h, w, w) and a namespace: asked, evaluations of the network a tree; revealed, the
     mean number of blocks that each step decided together, blind to each other.
     """
     K, pi, device = model.K, model.pi, model.pi.device
@@ -515,23 +552,18 @@ def sample(model, seeds, words, steps=None, kind="", begin=1.0, x=None, known=No
     return x, info
 
 
-def to_voxels(x, K):
-    """int64 states -> uint8 classes as data.trees has them: MASK is 15 there."""
-    return np.where((x := x.cpu().numpy()) == K, trees.MASK, x).astype(np.uint8)
-
-
 @torch.no_grad()
 def structure_remask(model, x, seeds, words, known=None, plan=None, score=None):
     """
     Structure-aware remasking (SAR): what trees.broken() finds, and the blocks around it, air too, become MASK
     and are drawn again, from t = their share down to 0; kept where the score (SCS) does not drop. It grows
-    parts anew where rules only delete. x int64 (B, n, n, n). Returns x and evaluations of the network a tree.
+    parts anew where rules only delete. x int64 (B, h, w, w). Returns x and evaluations of the network a tree.
     """
     score = score or (lambda v: trees.scs(v).scs)
     x, asked, K = x.clone(), 0, model.K
     for round_ in range(SAR_ROUNDS):
-        voxels = to_voxels(x, K)
-        bad = torch.from_numpy(trees.broken(voxels))
+        voxels = to_voxels(x, model)
+        bad = torch.from_numpy(in_box(trees.broken(voxels), x.shape[1:]))
         again = [i for i in range(len(x)) if bad[i].any()]
         for i in again:  # each has its own share of MASK, so its own times
             hidden = F.max_pool3d(bad[i][None, None].float(), 3, 1, 1)[0, 0].bool().to(x.device)
@@ -542,13 +574,13 @@ def structure_remask(model, x, seeds, words, known=None, plan=None, score=None):
                                begin=float(hidden.double().mean()), x=x[i:i + 1].masked_fill(hidden, K),
                                plan=None if plan is None else plan[i:i + 1])
             asked += info.asked
-            if score(to_voxels(new, K))[0] >= score(voxels[i:i + 1])[0]:
+            if score(to_voxels(new, model))[0] >= score(voxels[i:i + 1])[0]:
                 x[i] = new[0]
     return x, asked / len(x)
 
 
 def sample_set(model, seeds, captions, steps=None, kind="", known=None, batch=32):
-    """sample() for any number of trees, with their plans where there are any. Returns x_0 (N, n, n, n) on the
+    """sample() for any number of trees, with their plans where there are any. Returns x_0 (N, h, w, w) on the
     CPU, and the namespace, averaged."""
     parts, infos = [], []
     for i in range(0, len(seeds), batch):
@@ -660,7 +692,7 @@ def by_time(model, part, count=64):
         total = np.zeros((3 + 2 * K,))
         for j in range(0, len(index), 32):
             now = index[j:j + 32]
-            x_0 = torch.from_numpy(np.ascontiguousarray(part.voxels[now])).long()
+            x_0 = torch.from_numpy(in_box(part.voxels[now], model.prior.shape[:3]).astype(np.int64))
             time_t = torch.full((len(now),), t)
             x_t = q_sample(x_0, time_t, model.pi.cpu(), generator_of(SEED, "by_time", t, j)).to(device)
             x_0, time_t = x_0.to(device), time_t.to(device)
@@ -685,14 +717,15 @@ def tree_bits(model, voxels, words, draws, g, batch=32):
     The ELBO: bits of each of `draws` estimates, (draws,), on trees uint8 (N, n, n, n) in turn; their mean is
     an upper bound of -log2 p(tree | caption). words (N, L).
 
-    absorbing: n ~ U{1..D} of the D voxels are MASK, weight D / n: the integral of Binomial(n; D, t) / t over
+    absorbing: n ~ U{1..D} of the D voxels of the box are MASK, weight D / n: the integral of Binomial(n; D, t) / t over
     t is 1 / n. n, else t, is stratified over the draws.
     """
-    device, K, D, found = model.pi.device, model.K, voxels[0].size, []
+    box = model.prior.shape[:3]
+    device, K, D, found = model.pi.device, model.K, math.prod(box), []
     u = (torch.randperm(draws, generator=g) + torch.rand(draws, generator=g, dtype=torch.float64)) / draws
     for j in range(0, draws, batch):
         at = torch.arange(j, min(j + batch, draws))
-        x_0 = torch.from_numpy(np.ascontiguousarray(voxels[at.numpy() % len(voxels)])).long()
+        x_0 = torch.from_numpy(in_box(voxels[at.numpy() % len(voxels)], box).astype(np.int64))
         if len(model.pi) > K:
             n = 1 + (u[at] * D).long()
             rank = torch.rand(len(at), D, generator=g, dtype=torch.float64).argsort(1).argsort(1)
@@ -724,12 +757,12 @@ def kind_law(data, kind):
 
 
 def kind_entropy(kind):
-    """Bits of a kind's trees given the species alone; None where that is not known: kinds with angles, own
-    trees, plans, or several kinds of one species."""
-    alone = [k for k in kinds() if trees.KINDS[k].species == trees.KINDS[kind].species] == [kind]
-    if DATA != "trees" or COARSE == "plan" or kind not in trees.ENUMERABLE or not alone:
+    """Bits of a kind's trees given the species alone, which may be that of several kinds; None where that is
+    not known: kinds with angles, own trees, plans."""
+    if DATA != "trees" or COARSE == "plan" or kind not in trees.ENUMERABLE:
         return None
-    return trees.entropy_bits(kind, JITTER)
+    species = trees.KINDS[kind].species
+    return trees.entropy_bits(kind, JITTER, tuple(k for k in kinds() if trees.KINDS[k].species == species))
 
 
 def rows_for(v, slots, ref, data):
@@ -773,8 +806,8 @@ def reference(data):
     ref.far, ref.shuffled = kept["fresh draw"].far, faithfulness(ref.test[g.permutation(n)], ref.slots)
     ref.entropy = {name: kind_entropy(name) for name in data.names}
     ref.bits = {name: marginal_bits(data.test, name, data) for name in data.names}
-    law = data.counts / data.counts.sum(-1, keepdims=True) * np.ones((*data.train.voxels.shape[1:], 1))
-    x = torch.from_numpy(np.ascontiguousarray(data.train.voxels[ref.sub])).long()[..., None]
+    law = data.counts / data.counts.sum(-1, keepdims=True) * np.ones((*data.box, 1))
+    x = torch.from_numpy(in_box(data.train.voxels[ref.sub], data.box).astype(np.int64))[..., None]
     ce = -torch.from_numpy(np.log(law)).expand(len(x), -1, -1, -1, -1).gather(-1, x).sum((1, 2, 3, 4)).mean()
     # E t = 2 / pi under the cosine draw
     ref.start = float(ce) * 2 / math.pi / data.blocks if PROCESS == "absorbing" and LOSS == "ce" else math.nan
@@ -810,12 +843,12 @@ def evaluate(model, data, ref, count, steps=None):
     clock = time.monotonic()
     x, info = sample_set(model, seeds, captions, steps)
     seconds = (time.monotonic() - clock) / count
-    sets = {"raw": to_voxels(x, model.K)}
+    sets = {"raw": to_voxels(x, model)}
     sar_asked = 0.0
     if len(model.pi) > model.K:
         hidden, _ = sample_set(model, seeds, captions, steps, kind=REMASK)
         mended, sar_asked = structure_remask(model, x.to(model.pi.device), seeds, tokens(captions))
-        sets |= {"+ ReMDM": to_voxels(hidden, model.K), "+ SAR": to_voxels(mended, model.K)}
+        sets |= {"+ ReMDM": to_voxels(hidden, model), "+ SAR": to_voxels(mended, model)}
     sets["rules"] = trees.repair(sets["raw"])
     rows, kept = {}, {}
     for name, v in sets.items():
@@ -936,7 +969,7 @@ def draw_strip(folder, model, ref):
     captions, seeds, path = ref.captions[:3], [seed_of(SEED, "sample", i) for i in range(3)], []
     _, info = sample(model, seeds, tokens(captions), path=path, plan=plans(seeds, captions, model))
     at = np.linspace(0, len(path) - 1, 9).round().astype(int)
-    frames = np.stack([to_voxels(path[i][1], model.K) for i in at], 1)  # (3, 9, n, n, n)
+    frames = np.stack([to_voxels(path[i][1], model) for i in at], 1)  # (3, 9, n, n, n)
     frame = frame_of(frames[:, -1])
     pictures = np.array([[trees.render(v, 150, frame, 0.03) for v in row] for row in frames]) / 255
     step = [f"t = {path[i][0]:.2f}: {(frames[:, j] % 15 > 0).sum() / 3:.0f} blocks" for j, i in enumerate(at)]
@@ -1073,16 +1106,14 @@ def check_settings(world=1):
     if not formats <= known:
         fail(f"FORMATS={FORMATS!r}: some of {', '.join(sorted(known))}")
     side = GRID // 2 if COARSE == "plan" else GRID
-    factor = PATCH * (2 ** (len(MULTS) - 1) if BACKBONE == "unet" else 1)
-    if GRID % 2 or side % factor:
-        fail(f"GRID={GRID}: {side} blocks a side must divide by {factor}: PATCH={PATCH}"
+    if GRID % 2 or side % divisor():
+        fail(f"GRID={GRID}: {side} blocks a side must divide by {divisor()}: PATCH={PATCH}"
              + (f", {len(MULTS) - 1} halvings in MULTS={MULTS}" if BACKBONE == "unet" else ""))
     if BACKBONE == "unet":
         if not MULTS or any(m < 1 or WIDTH * m % 8 for m in MULTS):
             fail(f"WIDTH={WIDTH} times each of MULTS={MULTS} must be divisible by 8, the groups of the norms")
         if any(not 1 <= level <= len(MULTS) for level in ATTN_LEVELS):
-            sizes = ", ".join(f"{i + 1}: {side // PATCH // 2**i}^3" for i in range(len(MULTS)))
-            fail(f"ATTN_LEVELS={ATTN_LEVELS}: MULTS={MULTS} has the levels {sizes}")
+            fail(f"ATTN_LEVELS={ATTN_LEVELS}: MULTS={MULTS} has the levels 1 to {len(MULTS)}")
     elif DIM % HEADS or DIM // HEADS < 6 or DIM // HEADS % 2:
         fail(f"DIM={DIM} over HEADS={HEADS} must be a whole, even number of at least 6, a pair for each axis")
     if BATCH_SIZE % world:
@@ -1125,7 +1156,7 @@ def inference_full(checkpoint, folder, log):
     return report(folder, build_ema(checkpoint, device), data, ref, epoch, log)
 
 
-def understood(prompt, seen, side):
+def understood(prompt, seen):
     """What one prompt asks for: a dict of slots. A word that is not known, or that no training tree was, ends
     in one line."""
     try:
@@ -1133,8 +1164,8 @@ def understood(prompt, seen, side):
     except ValueError as error:
         fail(error)
     asked |= dict(size=SIZE) if SIZE else {}  # --size wins: "tall oak tree" --size normal
-    if asked.get("height", 0) > side:
-        fail(f"--prompt {prompt!r}: {asked['height']} blocks do not fit the grid, {side} a side")
+    if asked.get("height", 0) > GRID:
+        fail(f"--prompt {prompt!r}: {asked['height']} blocks do not fit the grid, {GRID} a side")
     for slot, value in asked.items():
         if value not in seen.get(slot, ()):
             fail(f"--prompt {prompt!r}: no training tree had {slot} {value}; there were "
@@ -1143,15 +1174,19 @@ def understood(prompt, seen, side):
 
 
 def read_known(model, path, count):
-    """INPAINT: the blocks of a file, as (count, n, n, n) with -1 where the network decides."""
+    """INPAINT: the blocks of a file, as (count, h, w, w) with -1 where the network decides."""
     try:
-        v, facts = voxel_files.read(path, model.prior.shape[0])
+        v, facts = voxel_files.read(path, GRID)
     except (ValueError, OSError) as error:
         fail(error if str(path) in str(error) else f"{path}: {error}")
     if v.max() >= model.K:
         fail(f"INPAINT={path}: {voxel_files.BLOCKS[v.max()]} is not among the blocks of this run: "
              f"{', '.join(voxel_files.BLOCKS[1:model.K])}")
-    known = torch.from_numpy(v.astype(np.int64))
+    inside = in_box(v[None], model.prior.shape[:3])[0]
+    if (inside > 0).sum() < (v > 0).sum():
+        fail(f"INPAINT={path}: the trees of this run reach {' x '.join(map(str, inside.shape))} blocks (y, z, x), "
+             f"and {(v > 0).sum() - (inside > 0).sum()} blocks stand outside")
+    known = torch.from_numpy(inside.astype(np.int64))
     return torch.where(known > 0, known, -1).expand(count, -1, -1, -1)
 
 
@@ -1164,15 +1199,15 @@ def save_samples(checkpoint, folder, prompt, count, seed):
         fail("this run draws plans, not trees; give it as PLAN_FROM to a run with COARSE=detail")
     device, seen = common.pick_device(), checkpoint["seen"]
     model = build_ema(checkpoint, device)
-    side, known = model.prior.shape[0], None
+    known = None
     prompts = [part.strip() for part in prompt.split(";") if part.strip()]
     if INPAINT:
         known = read_known(model, INPAINT, count)
-        blocks = trees.describe(np.where(known[0] < 0, 0, known[0]).astype(np.uint8))
-    asked = [understood(part, seen, side) for part in prompts]
+        blocks = trees.describe(to_voxels(known[:1].clamp(min=0), model)[0])
+    asked = [understood(part, seen) for part in prompts]
     if not asked:
         own = [blocks["species"]] if INPAINT else seen["species"]
-        asked = [dict(understood("", seen, side), species=name) for name in own]
+        asked = [dict(understood("", seen), species=name) for name in own]
     seeds, captions, slots = [], [], []
     for wish in asked:
         for i in range(count):
@@ -1186,7 +1221,7 @@ def save_samples(checkpoint, folder, prompt, count, seed):
         x, more = structure_remask(model, x.to(device), seeds, tokens(captions), known,
                                    plans(seeds, captions, model))
         info.asked += more
-    v = to_voxels(x, model.K)
+    v = to_voxels(x, model)
     if REPAIR == "rules":
         v, before = trees.repair(v), v
         print(f"rules deleted {(before > 0).sum() - (v > 0).sum()} of {(before > 0).sum()} blocks")

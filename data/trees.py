@@ -787,25 +787,35 @@ ENUMERABLE = tuple(name for name in KINDS if name not in ("fancy_oak", "mega_jun
 
 
 @functools.cache
-def entropy_bits(kind, jitter=0):
-    """Exact entropy in bits of the trees of a kind: no model's bits per tree can be lower.
-
-    Goes through every outcome of the integer choices and adds up the probabilities of equal trees. A coin is
-    one more bit: each decides one corner of leaves that nothing else decides. Raises ValueError for kinds
-    with angles, or with too many choices. Counts trees that fit any grid; jitter adds log2((2 jitter + 1)^2).
-    """
-    if kind not in ENUMERABLE:
-        raise ValueError(f"entropy_bits: expected one of {', '.join(ENUMERABLE)}, found {kind!r}")
-    chance, bits, todo = defaultdict(float), 2 * math.log2(2 * jitter + 1), [[]]
+def _law(kind):
+    """Every tree of a kind and its probability, a dict, with all coins at False; and the mean number of its
+    coins, each of which decides one corner of leaves that nothing else decides."""
+    chance, coins, todo = defaultdict(float), 0.0, [[]]
     while todo:
         path = _Path(start := todo.pop())
         tree = tuple(map(frozenset, grow(kind, path)))
         p = 1 / math.prod(path.options)
         chance[tree] += p
-        bits += p * path.coins
+        coins += p * path.coins
         for i in range(len(start), len(path.options)):  # the other options of each choice that is new
             todo += [path.choices[:i] + [k] for k in range(1, path.options[i])]
-    return bits - sum(p * math.log2(p) for p in chance.values())
+    return chance, coins
+
+
+def entropy_bits(kind, jitter=0, among=()):
+    """Exact bits of the trees of a kind, -E log2 p(tree): no model's bits per tree can be lower.
+
+    among: the kinds that a caption may mean, each as likely, this one with them: 'oak' means three. p is then
+    their mean, and choosing the kind costs bits as well, up to log2 of their number. Kinds with angles cannot
+    be gone through, but none of their trees is one of the others'. Raises ValueError for such a kind itself.
+    Counts trees that fit any grid; jitter adds log2((2 jitter + 1)^2).
+    """
+    if kind not in ENUMERABLE:
+        raise ValueError(f"entropy_bits: expected one of {', '.join(ENUMERABLE)}, found {kind!r}")
+    (chance, coins), kinds = _law(kind), {kind, *among}
+    laws = [_law(name)[0] for name in kinds if name in ENUMERABLE]
+    mean = {tree: sum(law.get(tree, 0.0) for law in laws) / len(kinds) for tree in chance}
+    return 2 * math.log2(2 * jitter + 1) + coins - sum(p * math.log2(mean[tree]) for tree, p in chance.items())
 
 
 # ------------------------------------------------------------------------------------------------------------

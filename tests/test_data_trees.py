@@ -520,6 +520,18 @@ def test_entropy(kind, bits):
     assert trees.entropy_bits(kind, jitter=4) == pytest.approx(bits + 6.340, abs=.001)
 
 
+def test_entropy_of_a_kind_among_others():
+    """'oak' may mean three kinds that share no tree, log2 3 bits more; 'birch' two that share three heights."""
+    assert trees.entropy_bits("oak", among=("oak", "swamp_oak", "fancy_oak")) == pytest.approx(13.585 + np.log2(3),
+                                                                                             abs=.001)
+    birch, super_birch = outcomes("birch"), outcomes("super_birch")
+    want = -sum(p * np.log2((p + super_birch[v]) / 2) for v, p in birch.items())
+    assert trees.entropy_bits("birch", among=("super_birch",)) == pytest.approx(want)
+    assert 13.585 < want < 14.585
+    fancy = drawn("fancy_oak", 200, 16)
+    assert not {v.tobytes() for v in fancy} & {v.tobytes() for v in drawn("oak", 4000, 16)}
+
+
 def test_entropy_by_listing_every_oak():
     chance = outcomes("oak")
     assert len(chance) == 12288 and np.allclose(list(chance.values()), 1 / 12288)
