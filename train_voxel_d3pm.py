@@ -10,6 +10,7 @@ Discrete diffusion of block trees (D3PM), in one file: from a prompt to a tree t
     t_i = cos(pi i / 2N), i = 0 .. N: late steps reveal many voxels, the early and decisive ones few
 
     python train_voxel_d3pm.py                         # oak, birch, spruce on 16^3; 2 CPU cores, 10 minutes
+    python train_voxel_d3pm.py SPECIES=all TRAIN=65536 EMA_DECAY=0.999 EPOCHS=6 EVAL_EVERY=3 OUT=runs_all
     python train_voxel_d3pm.py PROCESS=uniform OUT=runs_uniform
     python train_voxel_d3pm.py --lr 2e-5 --res-blocks 3 --attn-levels 1,2 --dropout 0.15 OUT=runs_slow
     python train_voxel_d3pm.py DATA=my_trees.npz OUT=runs_mine           # own trees, see data/trees.py
@@ -59,17 +60,17 @@ DATA = "trees"       # drawn trees; or a file of own ones, .npz or .npy (see dat
 GRID = 16            # blocks a side: 16 or 32; every kind fits 32
 SPECIES = "oak,birch,spruce"  # kinds of drawn trees, which take turns; "all" that fit the grid
 JITTER = 0           # the trunk stands up to so many blocks off the middle: the hard mode, try 4
-TRAIN = 4096         # drawn trees to train on; 65536 for all kinds
+TRAIN = 16384        # drawn trees to train on; 65536 for all kinds
 TEST = 1024          # drawn trees of another stream: half to compare with, half as the reference "fresh"
-EPOCHS = 8           # passes over the training trees; the lab notes: 300, 400
+EPOCHS = 14          # passes over the training trees; the lab notes: 300, 400
 BATCH_SIZE = 32      # trees in a forward pass, over all processes
 ACCUM = 1            # forward passes in an optimizer step
-LR = 2e-3            # peak; 3e-4 for WIDTH=64 and days. The lab notes: 5e-5, 2e-5
+LR = 1e-3            # peak; 2e-3 for WIDTH=16, 3e-4 for WIDTH=64. The lab notes: 5e-5, 2e-5
 WARMUP = 0.05        # share of the optimizer steps
 WEIGHT_DECAY = 0.01  # of AdamW
 BETA2 = 0.99         # of AdamW
 CLIP = 1.0           # gradient norm
-EMA_DECAY = 0.99     # of the weights we sample from; 0.999 to 0.9999 for long runs
+EMA_DECAY = 0.998    # of the weights we sample from; 0.999 to 0.9999 for long runs
 PROCESS = "absorbing"  # "uniform", "marginal": what a block turns into
 LOSS = "ce"          # cross-entropy; "elbo": its weights in time; "hybrid": L_vb + LAMBDA cross-entropy
 LAMBDA = 0.01        # LOSS=hybrid: 0.001 for pictures and 0.01 for text in the paper
@@ -81,8 +82,8 @@ PATCH = 2            # side of the blocks' cube that becomes one position: 16^3 
 EMBED = 8            # numbers that a block becomes before the network
 WIDTH = 32           # unet: channels of the first level
 MULTS = (1, 2)       # unet: channels of each level in units of WIDTH; each level halves the grid
-RES_BLOCKS = 2       # unet: ResBlocks a level; the lab notes: 2, 3
-ATTN_LEVELS = (1, 2)  # unet: levels with self-attention; 1 is what PATCH leaves, 8^3. The middle has it
+RES_BLOCKS = 1       # unet: ResBlocks a level; the lab notes: 2, 3
+ATTN_LEVELS = (2,)   # unet: levels with self-attention; 1 is what PATCH leaves, 8^3. The middle has it
 DIM = 192            # dit: width
 DEPTH = 6            # dit: blocks
 HEADS = 6            # dit: heads
@@ -95,16 +96,16 @@ STEPS = 64           # sampling steps; the lab notes: 100, 200
 GUIDANCE = 1.0       # w: 1 = none; 1.5 to 2.5 follows the prompt more and varies less
 AIR_BIAS = 0.0       # added to air's log-probability when sampling; 0 is what the data say
 REPAIR = "none"      # sample.py: "remdm" remasks on the way, "sar" remasks what is broken, "rules" deletes it
-REMASK = "rescale"   # of ReMDM: "cap", "rescale", "loop"
-ETA = 0.02           # of ReMDM: share of revealed voxels that are hidden again, see sigma_of()
+REMASK = "loop"      # of ReMDM: "cap", "rescale", "loop"
+ETA = 0.1            # of ReMDM: share of revealed voxels that are hidden again, see sigma_of()
 SAR_ROUNDS = 4       # structure-aware remasking: at most so many rounds
 SAR_STEPS = 16       # and so many steps in each
 SIZE = ""            # sample.py --size: "small", "normal", "large"; it wins over the prompt's word
 INPAINT = ""         # sample.py: a file with blocks to keep: .schem, .schematic, .nbt, .litematic, .vox
 FORMATS = "schem,vox"  # files of samples: some of schem, nbt, litematic, vox
-SAMPLES = 96         # trees of a report
+SAMPLES = 192        # trees of a report
 DRAWS = 256          # of each kind, for its bits per tree
-EVAL_EVERY = 4       # epochs between reports
+EVAL_EVERY = 7       # epochs between reports
 KEEP_EVERY = 0       # also keep epoch_NNNN.pt every so many epochs, a multiple of EVAL_EVERY; 0 = never
 SAVE_SECONDS = 60.0  # between saves of last.pt
 PRECISION = "auto"   # "bf16", "fp32"; auto = bf16 where the hardware multiplies it
@@ -126,9 +127,10 @@ def kinds():
 def load_data():
     """
     data.train, .test, .fresh: namespaces of voxels uint8 (N, n, n, n), slots (list of N dicts) and kind (list
-    of N names). data.K classes; box (h, w, w), see box_of(); counts (h, w, w, K) of the training trees, no
-    class impossible; blocks, their mean number in a tree; names, the kinds; seen, what captions said; pi, the
-    noise law. Raises ValueError or OSError in one line.
+    of N names). data.K classes; box (h, w, w), see box_of(); counts of the training trees, (h, w, w, K) or,
+    for PRIOR=class, (K,), no class impossible; blocks, their mean number in a tree; names, the kinds; seen,
+    the different slots of training trees, a list of dicts; pi, the noise law. Raises ValueError or OSError in
+    one line.
     """
     if DATA == "trees":
         cache = Path(OUT) / "cache"
@@ -154,24 +156,20 @@ def load_data():
     data.test, data.fresh = (SimpleNamespace(**{k: v[i * half:(i + 1) * half] for k, v in vars(test).items()})
                              for i in (0, 1))
     for part in (train, test):
-        content.update(np.ascontiguousarray(part.voxels).tobytes())
+        content.update(np.ascontiguousarray(part.voxels))
     data.hash, data.names = content.hexdigest(), sorted(
         set(train.kind) & set(data.test.kind), key=list(trees.KINDS).index)
     data.K = 1 + max(int(part.voxels.max()) for part in (train, test))
     g, voxels = np.random.default_rng(0), train.voxels
-    if DATA != "trees" and COARSE != "plan":  # as draw_batch() turns them
+    if DATA != "trees":  # as draw_batch() turns them
         voxels = np.stack([trees.augment(v, g, JITTER) for v in train.voxels for _ in range(8)])
     data.box = box_of([train, test])
     voxels = in_box(voxels, data.box)
     counts = np.stack([(voxels == k).sum(0) for k in range(data.K)], -1).astype(np.float64)
     share = (counts.sum((0, 1, 2)) + 1) / (counts.sum() + data.K)  # no class is impossible
     data.counts = (counts.sum((0, 1, 2)) + 1) if PRIOR == "class" else counts + 0.01 * share
-    data.frequencies, data.blocks = share, float((voxels > 0).sum() / len(voxels))
-    data.seen = {}
-    for slots in train.slots:
-        for slot, value in slots.items():
-            data.seen.setdefault(slot, {}).setdefault(value, True)
-    data.seen = {slot: sorted(values) for slot, values in data.seen.items()}
+    data.frequencies, data.blocks = share, float(counts[..., 1:].sum() / len(voxels))
+    data.seen = [dict(said) for said in sorted({tuple(slots.items()) for slots in train.slots}, key=str)]
     data.pi = noise_law(share)
     return data
 
@@ -187,11 +185,14 @@ def box_of(parts):
     side = parts[0].voxels.shape[1]
     if COARSE:  # a plan and its detail must have one frame
         return (side,) * 3
-    _, y, *across = np.concatenate([part.voxels for part in parts]).nonzero()
+    y, *across = np.logical_or(*(part.voxels.any(0) for part in parts)).nonzero()
     reach = max(np.abs(a + 0.5 - side // 2).max() + 0.5 for a in across)
     reach += 0 if DATA == "trees" else 2 + JITTER  # turned about the axis of a 2x2 trunk, and moved
-    h, w = (min(-(-int(n) // divisor()) * divisor(), side) for n in (y.max() + 1, 2 * reach))
-    return h, w + (w - side) % 2, w + (w - side) % 2
+
+    def upto(n, step):
+        return min(-(-int(n) // step) * step, side)
+    h, w = upto(y.max() + 1, divisor()), upto(2 * reach, math.lcm(2, divisor()))
+    return h, w, w
 
 
 def in_box(v, box):
@@ -205,7 +206,8 @@ def to_voxels(x, model):
     MASK 15."""
     n = GRID // 2 if COARSE == "plan" else GRID
     v = np.zeros((len(x), n, n, n), np.uint8)
-    in_box(v, x.shape[1:])[:] = np.where((x := x.cpu().numpy()) == model.K, trees.MASK, x)
+    x = x.cpu().numpy()
+    in_box(v, x.shape[1:])[:] = np.where(x == model.K, trees.MASK, x)
     return v
 
 
@@ -244,18 +246,18 @@ def draw_batch(data, step, attempt=0):
     a dict of what loss_fn() takes. A function of (SEED, step, attempt) alone, so a resumed run repeats an
     unbroken one. attempt counts rollbacks: another order."""
     n, g = BATCH_SIZE * ACCUM, generator_of(SEED, "step", step, attempt)
-    words = np.random.default_rng(seed_of(SEED, "words", step, attempt))
+    dice = np.random.default_rng(seed_of(SEED, "words", step, attempt))
     index = batch_order(SEED, step, n, len(data.train.kind), attempt)
     voxels = data.train.voxels[index]
-    if DATA != "trees" and COARSE != "plan":  # drawn trees look in all directions already
-        voxels = np.stack([trees.augment(v, words, JITTER) for v in voxels])
+    if DATA != "trees":  # drawn trees look in all directions already
+        voxels = np.stack([trees.augment(v, dice, JITTER) for v in voxels])
     x_0 = torch.from_numpy(in_box(voxels, data.box).astype(np.int64))
     # stratified, and dense where the sampler's steps are; in random order, as processes share the batch
     u = (torch.randperm(n, generator=g) + torch.rand((), generator=g)) / n
     t = torch.cos(math.pi / 2 * u)
     if LOSS == "hybrid":
         t = (t * VB_STEPS).ceil().clamp(min=1) / VB_STEPS
-    captions = [trees.caption(data.train.slots[i], words, PROMPT_DROP) for i in index]
+    captions = [trees.caption(data.train.slots[i], dice, PROMPT_DROP) for i in index]
     batch = dict(x_0=x_0, x_t=q_sample(x_0, t, data.pi, g), t=t, words=tokens(captions))
     if SELF_CONDITION:
         batch["again"] = torch.rand(n, generator=g) < 0.5
@@ -288,10 +290,9 @@ class Denoiser(nn.Module):
 
     prior   (h, w, w, K) log-frequencies that F is added to: the network starts as independent voxels
     pi      (S,) the noise law, part of every checkpoint
-    blocks  mean number of blocks in a training tree, N_ref of the loss
     """
 
-    def __init__(self, prior, pi, blocks):
+    def __init__(self, prior, pi):
         super().__init__()
         self.K, extra = prior.shape[-1], 0
         self.block = nn.Embedding(len(pi), EMBED)
@@ -316,7 +317,6 @@ class Denoiser(nn.Module):
         self.register_buffer("place", place, persistent=False)
         self.register_buffer("prior", prior.float())
         self.register_buffer("pi", pi.double())
-        self.register_buffer("blocks", torch.tensor(float(blocks)))
 
     def forward(self, x_t, t, words, before=None, plan=None):
         """x_t int64 (B, h, w, w), t (B,), words (B, L); before: p of the step before (B, h, w, w, K); plan
@@ -340,7 +340,7 @@ class Denoiser(nn.Module):
 def build_model(data):
     """The network for the data at hand."""
     log = torch.from_numpy(np.log(data.counts / data.counts.sum(-1, keepdims=True)))
-    return Denoiser(log.expand(*data.box, data.K), data.pi, data.blocks)
+    return Denoiser(log.expand(*data.box, data.K), data.pi)
 
 
 # ---------------------------------------------------------------- method: noise, posteriors, losses
@@ -364,8 +364,11 @@ def wide(t, x):
 
 
 def draw(law, u):
-    """int64 (...): one state each, from law (..., S), by u (...) in [0, 1). Never one of probability 0."""
+    """int64 (...): one state each, from law (..., S) or (S,), by u (...) in [0, 1). Never one of probability
+    0."""
     c = law.double().cumsum(-1)
+    if law.ndim == 1:  # one law for all: what follows, faster
+        return torch.searchsorted(c, u * c[-1], right=True).clamp(max=len(c) - 1)
     return (c <= u[..., None] * c[..., -1:]).sum(-1).clamp(max=law.shape[-1] - 1)
 
 
@@ -398,7 +401,8 @@ def reverse(log_p, x_t, t, s, pi, plug_in=False):
     same, pi_here, a = x_t[..., None] == torch.arange(S, device=x_t.device), pi[x_t][..., None], a_t / a_s
     r = F.pad(log_p.exp(), (0, S - K))
     if not plug_in:
-        r = torch.where(r > 0, r / (a_t * same + (1 - a_t) * pi_here), 0)
+        Z = a_t * same + (1 - a_t) * pi_here
+        r = r / torch.where(Z > 0, Z, 1)  # r is 0 where Z is; a where() around the quotient has NaN gradients
     law = (a * same + (1 - a) * pi_here) * (a_s * r + (1 - a_s) * pi * r.sum(-1, keepdim=True))
     return law / law.sum(-1, keepdim=True)  # it sums to 1 but for rounding, and for the plug-in
 
@@ -433,51 +437,57 @@ def loss_fn(model, x_0, x_t, t, words, pi, blocks, again=None, plan=None):
             before = first * wide(again, x_t)[..., None]
     log_p = posterior(model(x_t, t, words, before, plan), x_t, t, pi)
     ce = -log_p.gather(-1, x_0[..., None])[..., 0]  # (B, h, w, w)
-    density = wide(math.pi / 2 * (1 - t.square()).clamp(min=0).sqrt(), x_t)  # dt/du
     if LOSS == "elbo":
+        density = wide(math.pi / 2 * (1 - t.square()).clamp(min=0).sqrt(), x_t)  # dt/du
         ce = density * rate_gap(log_p, x_0, x_t, t.clamp(1e-4, 1 - 1e-4), pi)
     elif LOSS == "hybrid":
+        late = t.double()  # of all u, the share that was rounded up to this t
+        share = ((late - 1 / VB_STEPS).clamp(min=0).acos() - late.acos()) * 2 / math.pi
         exact = F.one_hot(x_0, log_p.shape[-1]).to(log_p.dtype).log()
         q, p = (reverse(law, x_t, t, (t - 1 / VB_STEPS).clamp(min=0), pi, plug) for law, plug in (
             (exact, False), (log_p, REVERSE == "plug-in")))
         KL = (torch.special.xlogy(q, q) - torch.special.xlogy(q, p.clamp(min=1e-30))).sum(-1)
-        ce = density * VB_STEPS * KL + LAMBDA * ce
+        ce = KL / wide(share.to(KL.dtype), x_t) + LAMBDA * ce
     return ce.flatten(1).sum(1) / blocks
 
 
 # ---------------------------------------------------------------- sampling
 def cosine_grid(steps, begin=1.0):
-    """Times from begin down to 0: t_i = cos(pi u_i / 2), u evenly spaced, `steps` of them."""
-    u = torch.linspace(math.acos(begin) * 2 / math.pi, 1, steps + 1, dtype=torch.float64)
-    return [begin, *torch.cos(math.pi / 2 * u[1:-1]).tolist(), 0.0]
+    """Times from begin down to 0, (steps + 1, B): t_i = cos(pi u_i / 2), u evenly spaced. begin (B,), or one
+    number for all (B = 1)."""
+    begin = torch.as_tensor(begin, dtype=torch.float64).reshape(-1)
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]
+    times = torch.cos(math.pi / 2 * u + (1 - u) * begin.acos())
+    times[0], times[-1] = begin, 0.0
+    return times
 
 
 def sigma_of(kind, t, s):
     """ReMDM's share of revealed voxels that become MASK again in the step from t to s (Wang 2025, sec. 4)."""
-    most = min(1.0, (1 - alpha_bar(s)) / max(alpha_bar(t), 1e-12))
-    return min(ETA, most) if kind == "cap" else ETA * most
+    most = ((1 - alpha_bar(s)) / alpha_bar(t).clamp(min=1e-12)).clamp(max=1.0)
+    return most.clamp(max=ETA) if kind == "cap" else ETA * most
 
 
 def schedule(steps, begin=1.0, kind=""):
-    """The sampler's steps, a list of (t, s, sigma). kind "": sigma is 0; "cap", "rescale": see sigma_of();
-    "loop": down to t = 0.1, half of the steps there, hiding as much as they reveal, then down to 0."""
-    if kind != "loop":
-        times = cosine_grid(steps, begin)
-        return [(t, s, sigma_of(kind, t, s) if kind else 0.0) for t, s in zip(times, times[1:])]
-    stay, times = steps // 2, cosine_grid(max(2, steps - steps // 2), begin)
-    near = min(range(1, len(times) - 1), key=lambda i: abs(times[i] - 0.1))
-    t = times[near]
-    loop = [(t, t, min(ETA, t / (1 - t)))] * stay
-    plain = [(a, b, 0.0) for a, b in zip(times, times[1:])]
-    return plain[:near] + loop + plain[near:]
+    """The sampler's steps, a list of (t, s, sigma), each (B,) as begin. kind "": sigma is 0; "cap" and
+    "rescale": see sigma_of(); "loop": down to t = 0.1, half of the steps there, hiding as much as they
+    reveal, then down to 0."""
+    stay = steps // 2 if kind == "loop" and steps > 3 else 0
+    times = cosine_grid(steps - stay, begin)
+    plan = [(t, s, sigma_of(kind, t, s) if kind in ("cap", "rescale") else torch.zeros_like(t))
+            for t, s in zip(times, times[1:])]
+    if stay:
+        near = 1 + int((times[1:-1].flatten(1).mean(1) - 0.1).abs().argmin())
+        t = times[near]
+        plan[near:near] = [(t, t, (t / (1 - t)).clamp(max=ETA))] * stay
+    return plan
 
 
 def remask(log_p, x_t, t, s, sigma):
-    """ReMDM's step, (B, ..., S): as reverse() where sigma = 0; a revealed voxel becomes MASK with probability
-    sigma, and so much more is revealed that the share of MASK is the same (Wang 2025, eq. 5). t, s, sigma:
-    floats."""
-    a_t, a_s = alpha_bar(t), alpha_bar(s)
-    hidden, masked = (x_t == log_p.shape[-1])[..., None], max(1 - a_t, 1e-12)
+    """ReMDM's step, (B, ..., S): as reverse() where sigma (B,) is 0; a revealed voxel becomes MASK with
+    probability sigma, and so much more is revealed that the share of MASK is the same (Wang 2025, eq. 5)."""
+    a_t, a_s, sigma = (wide(v, x_t)[..., None] for v in (alpha_bar(t), alpha_bar(s), sigma))
+    hidden, masked = (x_t == log_p.shape[-1])[..., None], (1 - a_t).clamp(min=1e-12)
     reveal = log_p.exp() * torch.where(hidden, (a_s - (1 - sigma) * a_t) / masked, 1 - sigma)
     stay = torch.where(hidden, (1 - a_s - sigma * a_t) / masked, sigma)
     return torch.cat([reveal, stay.expand_as(reveal[..., :1])], -1).clamp(min=0)
@@ -492,9 +502,8 @@ def sample(model, seeds, words, steps=None, kind="", begin=1.0, x=None, known=No
     words   (B, L) captions
     steps   STEPS where None
     kind    of ReMDM: "" for none, "cap", "rescale", "loop"
-    begin   the time to start from, with x int64 (B, h, w, w); else pure noise, drawn here
-    known   int64 (B, h, w, w), -1 where nothing is known: blocks to keep. Exact where the process absorbs
-            (they are never MASK); else they are noised anew to every t, an approximation
+    begin   the time to start from, a number or (B,), with x int64 (B, h, w, w); else pure noise, drawn here
+    known   int64 (B, h, w, w), -1 where nothing is known: blocks that are never MASK (PROCESS=absorbing)
     plan    int64 (B, n/2, n/2, n/2) for COARSE=detail
     path    a list that gets (t, x on the CPU) before every step, and the result
     Returns x_0 int64 (B, h, w, w) and a namespace: asked, evaluations of the network a tree; revealed, the
@@ -509,41 +518,33 @@ def sample(model, seeds, words, steps=None, kind="", begin=1.0, x=None, known=No
         u = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
         return torch.stack(u).to(device)
 
-    def keep(x, t):
-        if known is None:
-            return x
-        noisy = known if absorbing else torch.where(uniform() < alpha_bar(t), known, draw(pi, uniform()))
-        return torch.where(known >= 0, noisy, x)
-
     x = draw(pi, uniform()) if x is None else x.to(device)
-    known = None if known is None else known.to(device)
-    if known is not None and absorbing and begin == 1:
-        begin = float((known < 0).double().mean())  # t is the share of MASK
-    x, before, info = keep(x, begin), None, SimpleNamespace(asked=0, revealed=[])
-    steps = schedule(steps or STEPS, begin, kind if absorbing else "")
-    for t, s, sigma in steps:
+    if known is not None:
+        known = known.to(device)
+        x = torch.where(known >= 0, known, x)
+        begin = (known < 0).double().mean((1, 2, 3)).cpu()  # t is the share of MASK
+    before, info = None, SimpleNamespace(asked=0, revealed=[])
+    for step in schedule(steps or STEPS, begin, kind if absorbing else ""):
+        t, s, sigma = (v.expand(len(x)).to(device) for v in step)
         if path is not None:
-            path.append((t, x.cpu().clone()))
-        time_t, time_s = (torch.full((len(x),), v, device=device) for v in (t, s))
-        laws = []
+            path.append((float(t[0]), x.cpu().clone()))
+        guesses = []
         for caption in [words, nothing][:2 if GUIDANCE != 1 else 1]:
             with autocast(device, PRECISION):
-                logits = model(x, time_t, caption, before, plan)
+                logits = model(x, t.float(), caption, before, plan)
             air = torch.arange(K, device=device) == 0
-            laws.append((logits + AIR_BIAS * air).log_softmax(-1))
-        info.asked += len(laws)
+            guesses.append((logits + AIR_BIAS * air).log_softmax(-1))
+        info.asked += len(guesses)
         if absorbing:  # guidance on p(x_0): the share that is revealed stays what the schedule says
-            logits = laws[0] if len(laws) == 1 else GUIDANCE * laws[0] + (1 - GUIDANCE) * laws[1]
-            log_p = posterior(logits, x, time_t, pi)
-            law = remask(log_p, x, t, s, sigma) if sigma else reverse(log_p, x, time_t, time_s, pi)
+            mixed = GUIDANCE * guesses[0] + (1 - GUIDANCE) * guesses[-1]
+            log_p = posterior(mixed, x, t.float(), pi)
+            law = remask(log_p, x, t, s, sigma) if kind else reverse(log_p, x, t, s, pi)
         else:  # on p(x_s | x_t), never on p(x_0) (Schiff 2024, D-CFG)
-            estimates = [posterior(logits, x, time_t, pi) for logits in laws]
-            laws = [reverse(p, x, time_t, time_s, pi, REVERSE == "plug-in") for p in estimates]
-            law, log_p = laws[0], estimates[0]
-            if len(laws) == 2:
-                log, log_null = (p.clamp(min=1e-30).log() for p in laws)
-                law = (GUIDANCE * log + (1 - GUIDANCE) * log_null).softmax(-1)
-        new = keep(draw(law, uniform()), s)
+            estimates = [posterior(guess, x, t.float(), pi) for guess in guesses]
+            logs = [reverse(p, x, t, s, pi, REVERSE == "plug-in").clamp(min=1e-30).log() for p in estimates]
+            law = (GUIDANCE * logs[0] + (1 - GUIDANCE) * logs[-1]).softmax(-1)
+            log_p = estimates[0]
+        new = draw(law, uniform())
         decided = (new != x) & (new > 0) & (new < K)
         info.revealed.append(float(decided.flatten(1).sum(1).double().mean()))
         x, before = new, log_p.exp() if SELF_CONDITION else None
@@ -553,63 +554,79 @@ def sample(model, seeds, words, steps=None, kind="", begin=1.0, x=None, known=No
 
 
 @torch.no_grad()
-def structure_remask(model, x, seeds, words, known=None, plan=None, score=None):
+def structure_remask(model, x, seeds, captions, known=None):
     """
     Structure-aware remasking (SAR): what trees.broken() finds, and the blocks around it, air too, become MASK
-    and are drawn again, from t = their share down to 0; kept where the score (SCS) does not drop. It grows
-    parts anew where rules only delete. x int64 (B, h, w, w). Returns x and evaluations of the network a tree.
+    and are drawn again, from t = their share down to 0; kept where SCS does not drop. It grows parts anew
+    where rules only delete. x int64 (N, h, w, w), known alike with -1 where nothing must stay. Returns x and
+    evaluations of the network a tree.
     """
-    score = score or (lambda v: trees.scs(v).scs)
-    x, asked, K = x.clone(), 0, model.K
+    x, asked = x.clone(), 0
     for round_ in range(SAR_ROUNDS):
         voxels = to_voxels(x, model)
-        bad = torch.from_numpy(in_box(trees.broken(voxels), x.shape[1:]))
-        again = [i for i in range(len(x)) if bad[i].any()]
-        for i in again:  # each has its own share of MASK, so its own times
-            hidden = F.max_pool3d(bad[i][None, None].float(), 3, 1, 1)[0, 0].bool().to(x.device)
-            hidden &= known[i].to(x.device) < 0 if known is not None else True
-            if not hidden.any():
-                continue
-            new, info = sample(model, [seed_of(seeds[i], "sar", round_)], words[i:i + 1], SAR_STEPS,
-                               begin=float(hidden.double().mean()), x=x[i:i + 1].masked_fill(hidden, K),
-                               plan=None if plan is None else plan[i:i + 1])
-            asked += info.asked
-            if score(to_voxels(new, model))[0] >= score(voxels[i:i + 1])[0]:
-                x[i] = new[0]
+        bad = torch.from_numpy(in_box(trees.broken(voxels), x.shape[1:]).astype(np.float32))
+        hidden = F.max_pool3d(bad[:, None], 3, 1, 1)[:, 0].bool().to(x.device)
+        if known is not None:
+            hidden &= known.to(x.device) < 0
+        again = hidden.flatten(1).any(1).nonzero()[:, 0].tolist()
+        if not again:
+            break
+        share = hidden[again].double().mean((1, 2, 3)).cpu()  # each has its own times
+        new, info = sample_set(model, [seed_of(seeds[i], "sar", round_) for i in again],
+                               [captions[i] for i in again], SAR_STEPS, begin=share,
+                               x=x[again].masked_fill(hidden[again], model.K),
+                               plan_seeds=[seeds[i] for i in again])
+        asked += info.asked * len(again)
+        kept = torch.from_numpy(trees.scs(to_voxels(new, model)).scs >= trees.scs(voxels[again]).scs)
+        x[torch.tensor(again)[kept]] = new[kept].to(x.device)
     return x, asked / len(x)
 
 
-def sample_set(model, seeds, captions, steps=None, kind="", known=None, batch=32):
-    """sample() for any number of trees, with their plans where there are any. Returns x_0 (N, h, w, w) on the
-    CPU, and the namespace, averaged."""
+def sample_set(model, seeds, captions, steps=None, kind="", known=None, begin=None, x=None, plan_seeds=None,
+               batch=32):
+    """sample() for any number of trees, with their plans where there are any (drawn with plan_seeds, or else
+    seeds). Returns x_0 (N, h, w, w) on the CPU, and the namespace, averaged."""
     parts, infos = [], []
     for i in range(0, len(seeds), batch):
         now = slice(i, i + batch)
-        x, info = sample(model, seeds[now], tokens(captions[now]), steps, kind, plan=plans(seeds[now],
-                         captions[now], model), known=None if known is None else known[now])
-        parts.append(x.cpu()), infos.append((len(x), info))
+        more = {k: v[now] for k, v in dict(known=known, begin=begin, x=x).items() if v is not None}
+        plan = plans((plan_seeds or seeds)[now], captions[now], model)
+        drawn, info = sample(model, seeds[now], tokens(captions[now]), steps, kind, plan=plan, **more)
+        parts.append(drawn.cpu()), infos.append((len(drawn), info))
     n = sum(k for k, _ in infos)
     mean = SimpleNamespace(asked=sum(k * info.asked for k, info in infos) / n,
                            revealed=sum(k * np.array(info.revealed) for k, info in infos) / n)
     return torch.cat(parts), mean
 
 
-def plans(seeds, captions, model):
-    """COARSE=detail: plans (B, n/2, n/2, n/2) drawn by the run in PLAN_FROM for these captions, else None."""
-    if COARSE != "detail" or not PLAN_FROM:
-        return None
-    checkpoint, mine = common.load_checkpoint(PLAN_FROM), common.settings(globals())
+@functools.cache
+def planner_of(path, device):
+    """The averaged model and the settings of the run of plans at path."""
+    checkpoint = common.load_checkpoint(path)
     theirs = checkpoint["settings"]
     if checkpoint["script"] != "train_voxel_d3pm" or theirs["COARSE"] != "plan" or theirs["GRID"] != GRID:
-        fail(f"PLAN_FROM={PLAN_FROM}: expected a run of this script with COARSE=plan GRID={GRID}")
-    try:  # its network is built and sampled under its own settings
-        globals().update(theirs)
-        planner = build_ema(checkpoint, model.pi.device)
-        if planner.K != model.K:
-            fail(f"PLAN_FROM={PLAN_FROM} knows {planner.K} classes of blocks, this run {model.K}")
-        return sample(planner, [seed_of(seed, "plan") for seed in seeds], tokens(captions))[0]
+        fail(f"PLAN_FROM={path}: expected a run of this script with COARSE=plan GRID={GRID}")
+    return under(theirs, build_ema, checkpoint, device), theirs
+
+
+def under(settings, f, *arguments):
+    """f(*arguments) under the settings of another run."""
+    mine = common.settings(globals())
+    try:
+        globals().update(settings)
+        return f(*arguments)
     finally:
         globals().update(mine)
+
+
+def plans(seeds, captions, model):
+    """COARSE=detail: plans (B, n/2, n/2, n/2) drawn by the run in PLAN_FROM for these captions, else None."""
+    if COARSE != "detail":
+        return None
+    planner, theirs = planner_of(PLAN_FROM, model.pi.device)
+    if planner.K != model.K:
+        fail(f"PLAN_FROM={PLAN_FROM} knows {planner.K} classes of blocks, this run {model.K}")
+    return under(theirs, sample, planner, [seed_of(seed, "plan") for seed in seeds], tokens(captions))[0]
 
 
 # ---------------------------------------------------------------- evaluation
@@ -617,7 +634,7 @@ def neighbours(real, fake, k=5):
     """Precision, recall, density, coverage of statistics (N, d): a tree's ball reaches to the k-th other of
     its set, and is closed, since whole trees repeat (Naeem 2020; Kynkaanniemi 2019). Floats in a dict."""
     real, fake = (torch.as_tensor(a, dtype=torch.float64) for a in (real, fake))
-    scale = real.std(0).clamp(min=1e-9)
+    scale = torch.where(real.std(0) > 0, real.std(0), 1.0)  # what never varies must not rule the distance
     real, fake = (real - real.mean(0)) / scale, (fake - real.mean(0)) / scale
     k = min(k, len(real) - 1, len(fake) - 1)
 
@@ -631,24 +648,32 @@ def neighbours(real, fake, k=5):
                 coverage=float(inside.any(0).double().mean()))
 
 
-def nearest_train(v, train):
-    """1 - IoU of trees uint8 (N, n, n, n) with the nearest of train (M, n, n, n), best over the eight
-    symmetries about the trunk: float (N,). IoU: voxels of one class, not air / voxels filled in either."""
-    flat = np.ascontiguousarray(train).reshape(len(train), -1)
-    used = np.flatnonzero(flat.any(0))
-    classes = range(1, int(flat.max()) + 1)
+def memory_of(train):
+    """What nearest_train() needs of the training trees uint8 (M, n, n, n): their codes, and how to code."""
+    flat = upright(train).reshape(len(train), -1)
+    used, classes = np.flatnonzero(flat.any(0)), range(1, int(flat.max()) + 1)
 
-    def coded(a):  # (N, used voxels x classes)
-        return torch.from_numpy(np.concatenate([a[:, used] == k for k in classes], 1)).float()
-    known, size, best = coded(flat), torch.from_numpy((flat > 0).sum(1)), []
-    for tree in v:
-        cells, turned = trees._turned(tree)
-        copies = np.zeros((8, *tree.shape), np.uint8)
-        for copy_, (z, x) in zip(copies, turned.transpose(0, 2, 1)):
-            ok = (np.minimum(z, x) >= 0) & (np.maximum(z, x) < len(tree))
-            copy_[cells[ok, 0], z[ok], x[ok]] = tree[tuple(cells[ok].T)]
-        same = coded(copies.reshape(8, -1)) @ known.T
-        best.append(1 - float((same / (len(cells) + size - same).clamp(min=1)).max()))
+    def code(a):  # (N, n, n, n) -> (N, used voxels x classes)
+        a = a.reshape(len(a), -1)[:, used]
+        return torch.from_numpy(np.concatenate([a == k for k in classes], 1)).float()
+    return SimpleNamespace(code=code, codes=code(flat), size=torch.from_numpy((flat > 0).sum(1)))
+
+
+def upright(v):
+    """Trees (N, n, n, n) with their trunks in the middle again, which JITTER moves: else a copy looks new."""
+    if not JITTER:
+        return v
+    n = v.shape[1]
+    return np.stack([np.roll(tree, tuple((n - trees.trunk_axis(tree)) // 2), (1, 2)) for tree in v])
+
+
+def nearest_train(v, memory):
+    """1 - IoU of trees uint8 (N, n, n, n) with the nearest of memory_of(train), best over the symmetries
+    about the trunk: float (N,). IoU: voxels of one class, not air / voxels filled in either."""
+    best = []
+    for tree in upright(v):
+        same = memory.code(trees.symmetries(tree)) @ memory.codes.T
+        best.append(1 - float((same / ((tree > 0).sum() + memory.size - same).clamp(min=1)).max()))
     return np.array(best)
 
 
@@ -661,17 +686,23 @@ def rank_z(a, b):
 
 def distribution(phi, test, fresh):
     """Mean over statistics of W1(samples, test) / W1(fresh, test): 1 is as near as new draws. W1 of samples
-    of equal size: the mean gap of sorted values. All (N, d)."""
+    of equal size: the mean gap of sorted values. phi, test (N, d); fresh (M, d): every N make one."""
     n = min(map(len, (phi, test, fresh)))
-    phi, test, fresh = (np.sort(a[:n], 0) for a in (phi, test, fresh))
-    scale = np.concatenate([test, fresh]).std(0)
-    near, reach = (np.abs(a - test).mean(0)[scale > 0] / scale[scale > 0] for a in (phi, fresh))
-    return float((near.mean() + 1e-9) / (reach.mean() + 1e-9))
+    scale = fresh.std(0)
+    scale = np.where(scale > 0, scale, 1.0)
+    test = np.sort(test[:n], 0)
+
+    def gap(a):
+        return float((np.abs(np.sort(a, 0) - test).mean(0) / scale).mean())
+    new = np.mean([gap(fresh[i:i + n]) for i in range(0, len(fresh) - n + 1, n)])
+    return (gap(phi[:n]) + 1e-9) / (new + 1e-9)
 
 
 def faithfulness(voxels, slots):
     """Shares of wishes that trees fulfil, measured on them: (N, number of slots), NaN: not asked."""
     table = np.full((len(voxels), len(trees.SLOTS)), np.nan)
+    if COARSE == "plan":  # half as high as what captions say
+        return table
     for i, (v, asked) in enumerate(zip(voxels, slots)):
         for slot, good in trees.faithful(v, asked).items():
             table[i, trees.SLOTS.index(slot)] = good
@@ -702,8 +733,9 @@ def by_time(model, part, count=64):
             truth, ce = x_0[asked], -log_p.gather(-1, x_0[..., None])[..., 0][asked]
             right = log_p.argmax(-1)[asked] == truth
             sums = torch.stack([right.sum(), (truth == 0).sum(), (right & (truth > 0)).sum()]).double()
-            total += torch.cat([sums, ce.double().new_zeros(K).index_add(0, truth, ce.double()),
-                                truth.bincount(minlength=K).double()]).cpu().numpy()
+            truth, ce = truth.cpu(), ce.double().cpu()  # sums that are the same bits every time
+            total += torch.cat([sums.cpu(), torch.zeros(K).double().index_add(0, truth, ce),
+                                truth.bincount(minlength=K).double()]).numpy()
         right, air, found, ce, n = *total[:3], total[3:3 + K], total[3 + K:]
         all_ = max(n.sum(), 1)
         rows.append([ce.sum() / all_, right / all_, air / all_, found / max(n[1:].sum(), 1),
@@ -717,8 +749,8 @@ def tree_bits(model, voxels, words, draws, g, batch=32):
     The ELBO: bits of each of `draws` estimates, (draws,), on trees uint8 (N, n, n, n) in turn; their mean is
     an upper bound of -log2 p(tree | caption). words (N, L).
 
-    absorbing: n ~ U{1..D} of the D voxels of the box are MASK, weight D / n: the integral of Binomial(n; D, t) / t over
-    t is 1 / n. n, else t, is stratified over the draws.
+    absorbing: n ~ U{1..D} of the D voxels of the box are MASK, weight D / n: the integral over t of
+    Binomial(n; D, t) / t is 1 / n. n, else t, is stratified over the draws.
     """
     box = model.prior.shape[:3]
     device, K, D, found = model.pi.device, model.K, math.prod(box), []
@@ -741,17 +773,19 @@ def tree_bits(model, voxels, words, draws, g, batch=32):
 
 
 def marginal_bits(part, kind, data):
-    """Bits of a kind's test trees under independent voxels with the frequencies of its training trees: what
-    knows each voxel and no tree."""
-    law = kind_law(data, kind)
-    x = np.stack([v for v, name in zip(part.voxels, part.kind) if name == kind]).astype(np.int64)
-    return float(-np.log2(np.take_along_axis(law[None], x[..., None], -1)).sum((1, 2, 3, 4)).mean())
+    """Bits of a kind's trees of a part under independent voxels with the frequencies of its species' training
+    trees: what knows each voxel and no tree, and of the caption as much as the model."""
+    species = trees.KINDS[kind].species
+    law = kind_law(data, *(name for name in trees.KINDS if trees.KINDS[name].species == species))
+    x = in_box(np.stack([v for v, name in zip(part.voxels, part.kind) if name == kind]), data.box)
+    p = np.take_along_axis(law[None], x[..., None].astype(np.int64), -1)
+    return float(-np.log2(p).sum((1, 2, 3, 4)).mean())
 
 
-def kind_law(data, kind):
-    """Frequencies (n, n, n, K) of a kind's training trees, each class at least once in all."""
-    at = [i for i, name in enumerate(data.train.kind) if name == kind]
-    voxels = data.train.voxels[at]
+def kind_law(data, *kinds):
+    """Frequencies (h, w, w, K) of some kinds' training trees, no class impossible."""
+    at = [i for i, name in enumerate(data.train.kind) if name in kinds]
+    voxels = in_box(data.train.voxels[at], data.box)
     counts = np.stack([(voxels == k).sum(0) for k in range(data.K)], -1) + data.frequencies
     return counts / counts.sum(-1, keepdims=True)
 
@@ -765,45 +799,51 @@ def kind_entropy(kind):
     return trees.entropy_bits(kind, JITTER, tuple(k for k in kinds() if trees.KINDS[k].species == species))
 
 
-def rows_for(v, slots, ref, data):
+def rows_for(v, slots, ref):
     """One row of the table: what trees uint8 (N, n, n, n) get, drawn for captions that say `slots`."""
     parts, phi = trees.scs(v), trees.statistics(v)
-    far = nearest_train(v, data.train.voxels[ref.sub])
+    far = nearest_train(v, ref.memory)
     asked = faithfulness(v, slots)
     row = {name: getattr(parts, name).mean() for name in ("scs", "valid", *trees.PARTS, "species")}
     row |= dict(blocks=(v > 0).reshape(len(v), -1).sum(1).mean(),
                 symmetry=phi[:, trees.STATISTICS.index("symmetry")].mean(),
                 **neighbours(ref.phi, phi), unique=len({tree.tobytes() for tree in v}) / len(v),
                 distribution=distribution(phi, ref.phi, ref.fresh_phi), distance=np.median(far),
-                faithfulness=np.nanmean(asked) if np.isfinite(asked).any() else math.nan)
+                faithfulness=share(asked))
     return {k: float(x) for k, x in row.items()}, SimpleNamespace(parts=parts, phi=phi, far=far, asked=asked)
 
 
+def share(asked):
+    """Of wishes (..., NaN: not asked), how many were fulfilled."""
+    return float(np.nanmean(asked)) if np.isfinite(asked).any() else math.nan
+
+
 def reference(data):
-    """What every report stands beside: five kinds of trees that need no training, as rows of its table."""
+    """What every report stands beside: five kinds of trees that need no training, as rows of its table. All
+    are compared with test trees, and made for the captions of the fresh ones: a sample knows no more of the
+    test trees than a new draw does."""
     ref, n = SimpleNamespace(), min(SAMPLES, len(data.test.kind), len(data.fresh.kind))
-    g, words = np.random.default_rng(0), np.random.default_rng(1)
-    ref.index = list(range(n))  # kinds take turns, and own trees are shuffled
+    g, dice = np.random.default_rng(0), np.random.default_rng(1)
     ref.sub = np.arange(min(2048, len(data.train.kind)))  # neighbours are looked for among these
-    kind = [data.test.kind[i] for i in ref.index]
-    ref.captions, ref.slots = [], []
-    for i in ref.index:  # the law of captions in training, but none is empty
-        ref.captions.append(trees.caption(data.test.slots[i], words, 0.0))
-        ref.slots.append(trees.parse(ref.captions[-1]))
-    ref.test, ref.fresh = data.test.voxels[ref.index], data.fresh.voxels[ref.index]
-    ref.phi, ref.fresh_phi = trees.statistics(ref.test), trees.statistics(ref.fresh)
+    ref.memory = memory_of(data.train.voxels[ref.sub])
+    kind = data.fresh.kind[:n]  # kinds take turns, and own trees are shuffled
+    ref.captions = [trees.caption(slots, dice, 0.0) for slots in data.fresh.slots[:n]]  # none empty
+    ref.slots = [trees.parse(caption) for caption in ref.captions]
+    ref.phi, ref.fresh_phi = trees.statistics(data.test.voxels[:n]), trees.statistics(data.fresh.voxels)
     laws = {name: kind_law(data, name) for name in set(kind)}
-    guess = np.stack([laws[name].argmax(-1) for name in kind]).astype(np.uint8)
+    guess = np.stack([laws[name].argmax(-1) for name in kind])
     free = np.stack([(g.random(law.shape[:3] + (1,)) > law.cumsum(-1)[..., :-1]).sum(-1)
-                     for law in (laws[name] for name in kind)]).astype(np.uint8)
+                     for law in (laws[name] for name in kind)])
     copies = data.train.voxels[[g.choice([i for i, k in enumerate(data.train.kind) if k == name] or [0])
                                 for name in kind]]
-    sets = {"always air": np.zeros_like(ref.test), "marginal argmax": guess, "independent marginals": free,
-            "training copy": copies, "fresh draw": ref.fresh}
+    fresh, model = data.fresh.voxels[:n], SimpleNamespace(K=data.K)
+    sets = {"always air": np.zeros_like(fresh), "marginal argmax": to_voxels(torch.from_numpy(guess), model),
+            "independent marginals": to_voxels(torch.from_numpy(free), model), "training copy": copies,
+            "fresh draw": fresh}
     ref.rows, kept = {}, {}
     for name, v in sets.items():
-        ref.rows[name], kept[name] = rows_for(v, ref.slots, ref, data)
-    ref.far, ref.shuffled = kept["fresh draw"].far, faithfulness(ref.test[g.permutation(n)], ref.slots)
+        ref.rows[name], kept[name] = rows_for(v, ref.slots, ref)
+    ref.far, ref.shuffled = kept["fresh draw"].far, faithfulness(fresh[g.permutation(n)], ref.slots)
     ref.entropy = {name: kind_entropy(name) for name in data.names}
     ref.bits = {name: marginal_bits(data.test, name, data) for name in data.names}
     law = data.counts / data.counts.sum(-1, keepdims=True) * np.ones((*data.box, 1))
@@ -817,12 +857,13 @@ def reference(data):
 def evaluate(model, data, ref, count, steps=None):
     """Every number of a report from `count` samples, beside its floor and ceiling; returns (metrics, arrays
     for the pictures)."""
-    metrics, count = {}, min(count, len(ref.index))
+    metrics, whole = {}, count >= len(ref.captions)  # or a trial of the evaluation
+    count = min(count, len(ref.captions))
 
     def add(name, value, better, floor=None, ceiling=None, n=count):
         metrics[name] = dict(value=value, floor=floor, ceiling=ceiling, better=better, n=n)
 
-    bits, draws = {}, DRAWS if count == len(ref.index) else 8
+    bits, draws = {}, DRAWS if whole else 8
     for name in data.names:
         at = [i for i, kind in enumerate(data.test.kind) if kind == name]
         bits[name] = tree_bits(model, data.test.voxels[at], tokens([species_only(name)]), draws,
@@ -833,10 +874,11 @@ def evaluate(model, data, ref, count, steps=None):
         if entropy is not None:
             add(f"bits_gap_{name}", float(bits[name].mean()) - entropy, "lower",
                 floor=ref.bits[name] - entropy, ceiling=0.0, n=draws)
-    table = by_time(model, data.test, 64 if count == len(ref.index) else 8)
+    looked = min(64 if whole else 8, len(data.test.kind))
+    table = by_time(model, data.test, looked)
     half = table[times_shown.index(0.5)]
-    add("accuracy", half[1], "higher", floor=half[2], ceiling=None, n=64)
-    add("recall_non_air", half[3], "higher", floor=0.0, ceiling=None, n=64)
+    add("accuracy", half[1], "higher", floor=half[2], ceiling=None, n=looked)
+    add("recall_non_air", half[3], "higher", floor=0.0, ceiling=None, n=looked)
 
     seeds = [seed_of(SEED, "sample", i) for i in range(count)]
     captions, slots = ref.captions[:count], ref.slots[:count]
@@ -847,12 +889,12 @@ def evaluate(model, data, ref, count, steps=None):
     sar_asked = 0.0
     if len(model.pi) > model.K:
         hidden, _ = sample_set(model, seeds, captions, steps, kind=REMASK)
-        mended, sar_asked = structure_remask(model, x.to(model.pi.device), seeds, tokens(captions))
+        mended, sar_asked = structure_remask(model, x, seeds, captions)
         sets |= {"+ ReMDM": to_voxels(hidden, model), "+ SAR": to_voxels(mended, model)}
     sets["rules"] = trees.repair(sets["raw"])
     rows, kept = {}, {}
     for name, v in sets.items():
-        rows[name], kept[name] = rows_for(v, slots, ref, data)
+        rows[name], kept[name] = rows_for(v, slots, ref)
     trivial, oracle = ref.rows["independent marginals"], ref.rows["fresh draw"]
     for name in ("scs", "valid", "coverage", "precision", "recall", "density", "unique"):
         add(name, rows["raw"][name], "higher", floor=trivial[name], ceiling=oracle[name])
@@ -861,9 +903,6 @@ def evaluate(model, data, ref, count, steps=None):
         None, floor=0.0, ceiling=1.0)  # 0: copies of training trees; 1: as far from them as new draws
     add("novelty_z", rank_z(kept["raw"].far, ref.far), None, floor=None, ceiling=0.0)
     asked = kept["raw"].asked
-
-    def share(values):
-        return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
     add("faithfulness", share(asked), "higher", floor=share(ref.shuffled), ceiling=1.0)
     for i, slot in enumerate(trees.SLOTS):
         if np.isfinite(asked[:, i]).any():
@@ -876,9 +915,8 @@ def evaluate(model, data, ref, count, steps=None):
             value = rows[name][what] if name in rows else math.nan
             add(f"{what}_{short}", value, "higher", floor=rows["raw"][what], ceiling=oracle[what])
     add("deleted_by_rules", rows["raw"]["blocks"] - rows["rules"]["blocks"], None, floor=0.0)
-    together = info.revealed[:-1] if len(info.revealed) > 1 else info.revealed
     add("revealed_first", float(info.revealed[0]), "lower", floor=rows["raw"]["blocks"])
-    add("revealed_most", float(max(together)), "lower", floor=rows["raw"]["blocks"])
+    add("revealed_most", float(max(info.revealed)), "lower", floor=rows["raw"]["blocks"])
     add("seconds_per_sample", seconds, "lower")
     add("evaluations", float(info.asked), "lower")
     add("evaluations_sar", float(sar_asked), "lower")
@@ -1088,8 +1126,9 @@ def check_settings(world=1):
                  "CLIP SAR_STEPS VB_STEPS DRAWS").split():
         if globals()[name] <= 0:
             fail(f"{name}={globals()[name]} must be above 0")
-    ranges = dict(GRID=(8, 64), TRAIN=(6, 10**7), TEST=(12, 10**7), DROPOUT=(0, 0.99), PROMPT_DROP=(0, 1),
-                  EMA_DECAY=(0, 1), BETA2=(0, 0.99999), WARMUP=(0, 1), WEIGHT_DECAY=(0, 10), LAMBDA=(0, 1e6),
+    ranges = dict(GRID=(8, trees.HIGHEST), TRAIN=(6, 10**7), TEST=(12, 10**7), DROPOUT=(0, 0.99),
+                  PROMPT_DROP=(0, 1), EMA_DECAY=(0, 1), BETA2=(0, 0.99999), WARMUP=(0, 1),
+                  WEIGHT_DECAY=(0, 10), LAMBDA=(0, 1e6),
                   GUIDANCE=(0, 100), AIR_BIAS=(-100, 100), ETA=(0, 1), SAR_ROUNDS=(0, 1000), JITTER=(0, 32),
                   KEEP_EVERY=(0, 10**9), SEED=(0, 2**63 - 1))
     for name, (low, high) in ranges.items():
@@ -1097,10 +1136,17 @@ def check_settings(world=1):
             fail(f"{name}={globals()[name]} must lie between {low:g} and {high:g}")
     if SAMPLES < 8:
         fail(f"SAMPLES={SAMPLES}: the numbers of a report need at least 8 trees")
-    if PROCESS != "absorbing" and REPAIR in ("remdm", "sar"):
-        fail(f"REPAIR={REPAIR}: PROCESS={PROCESS} has no MASK to hide blocks with; none or rules")
-    if JITTER and COARSE:
-        fail(f"COARSE={COARSE}: plans are for trees in the middle, JITTER=0")
+    if PROCESS != "absorbing" and (REPAIR in ("remdm", "sar") or INPAINT):
+        fail(f"PROCESS={PROCESS} has no MASK, which REPAIR=remdm, REPAIR=sar and INPAINT need; use absorbing")
+    if COARSE and (JITTER or DATA != "trees"):
+        fail(f"COARSE={COARSE}: plans are for drawn trees in the middle, DATA=trees and JITTER=0")
+    if (COARSE == "detail") != bool(PLAN_FROM):
+        fail(f"COARSE={COARSE!r} with PLAN_FROM={PLAN_FROM!r}: COARSE=detail, and nothing else, needs the "
+             "last.pt of a run that draws plans; train that first, with COARSE=plan")
+    if DATA == "trees" and SAMPLES > TEST // 2:
+        fail(f"SAMPLES={SAMPLES}: they are compared with half of TEST={TEST} trees; give TEST={2 * SAMPLES}")
+    if KEEP_EVERY % EVAL_EVERY:
+        fail(f"KEEP_EVERY={KEEP_EVERY} must be a multiple of EVAL_EVERY={EVAL_EVERY}")
     formats = {name.strip() for name in FORMATS.split(",")}
     known = {suffix[1:] for suffix in voxel_files.WRITERS}
     if not formats <= known:
@@ -1118,6 +1164,11 @@ def check_settings(world=1):
         fail(f"DIM={DIM} over HEADS={HEADS} must be a whole, even number of at least 6, a pair for each axis")
     if BATCH_SIZE % world:
         fail(f"BATCH_SIZE={BATCH_SIZE} does not divide over {world} processes")
+
+
+def double_device(device):
+    """The CPU for an Apple GPU, which has no float64: blocks are drawn in it."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def prepare(device, rank=0, world=1):
@@ -1139,7 +1190,7 @@ def steps_per_epoch(data):
 
 def build_ema(checkpoint, device):
     """The averaged model of a checkpoint, ready to sample."""
-    model = Denoiser(*(checkpoint["ema"][k].cpu() for k in ("prior", "pi", "blocks"))).to(device)
+    model = Denoiser(*(checkpoint["ema"][k].cpu() for k in ("prior", "pi"))).to(device)
     common.load_strictly(model, checkpoint["ema"], "the checkpoint's EMA")
     return model.eval().requires_grad_(False)
 
@@ -1148,7 +1199,7 @@ def inference_full(checkpoint, folder, log):
     """Redraw every number and picture of a checkpoint's epoch into `folder`, the same bits as in the run.
     checkpoint: from common.load_checkpoint, its settings already put back (sample.py --full does both)."""
     check_settings()
-    device = common.pick_device()
+    device = double_device(common.pick_device())
     data, ref = prepare(device)
     if checkpoint["data"] != data.hash:
         fail(f"the checkpoint was trained on other data than DATA={DATA} gives now")
@@ -1158,18 +1209,23 @@ def inference_full(checkpoint, folder, log):
 
 def understood(prompt, seen):
     """What one prompt asks for: a dict of slots. A word that is not known, or that no training tree was, ends
-    in one line."""
+    in one line; words that no tree was all at once get one."""
     try:
         asked = trees.parse(prompt)
     except ValueError as error:
         fail(error)
     asked |= dict(size=SIZE) if SIZE else {}  # --size wins: "tall oak tree" --size normal
-    if asked.get("height", 0) > GRID:
-        fail(f"--prompt {prompt!r}: {asked['height']} blocks do not fit the grid, {GRID} a side")
     for slot, value in asked.items():
-        if value not in seen.get(slot, ()):
+        known = {slots[slot] for slots in seen if slot in slots}
+        if value not in known:
             fail(f"--prompt {prompt!r}: no training tree had {slot} {value}; there were "
-                 f"{', '.join(map(str, seen.get(slot, ())))}")
+                 f"{', '.join(map(str, sorted(known)))}")
+    if not any(asked.items() <= slots.items() for slots in seen):
+        same = [slots for slots in seen if slots["species"] == asked.get("species", slots["species"])]
+        others = {slot: sorted({slots[slot] for slots in same}) for slot in asked if slot != "species"}
+        print(f"note: no training tree was all of {prompt or 'this'!r}"
+              + (f" at size {SIZE}" if SIZE else "") + "; "
+              + "; ".join(f"{slot} was {', '.join(map(str, values))}" for slot, values in others.items()))
     return asked
 
 
@@ -1184,8 +1240,8 @@ def read_known(model, path, count):
              f"{', '.join(voxel_files.BLOCKS[1:model.K])}")
     inside = in_box(v[None], model.prior.shape[:3])[0]
     if (inside > 0).sum() < (v > 0).sum():
-        fail(f"INPAINT={path}: the trees of this run reach {' x '.join(map(str, inside.shape))} blocks (y, z, x), "
-             f"and {(v > 0).sum() - (inside > 0).sum()} blocks stand outside")
+        fail(f"INPAINT={path}: {(v > 0).sum() - (inside > 0).sum()} blocks stand outside what trees of this "
+             f"run reach, {' x '.join(map(str, inside.shape))} blocks (y, z, x)")
     known = torch.from_numpy(inside.astype(np.int64))
     return torch.where(known > 0, known, -1).expand(count, -1, -1, -1)
 
@@ -1197,33 +1253,32 @@ def save_samples(checkpoint, folder, prompt, count, seed):
     check_settings()
     if COARSE == "plan":
         fail("this run draws plans, not trees; give it as PLAN_FROM to a run with COARSE=detail")
-    device, seen = common.pick_device(), checkpoint["seen"]
+    device, seen = double_device(common.pick_device()), checkpoint["seen"]
     model = build_ema(checkpoint, device)
     known = None
     prompts = [part.strip() for part in prompt.split(";") if part.strip()]
+    species = sorted({slots["species"] for slots in seen}, key=trees.SPECIES.index)
     if INPAINT:
         known = read_known(model, INPAINT, count)
-        blocks = trees.describe(to_voxels(known[:1].clamp(min=0), model)[0])
+        species = [trees.describe(to_voxels(known[:1].clamp(min=0), model)[0])["species"]]
     asked = [understood(part, seen) for part in prompts]
-    if not asked:
-        own = [blocks["species"]] if INPAINT else seen["species"]
-        asked = [dict(understood("", seen), species=name) for name in own]
+    asked = asked or [understood(name.replace("_", " "), seen) for name in species]
     seeds, captions, slots = [], [], []
     for wish in asked:
         for i in range(count):
             seeds.append(seed_of(seed, "sample", i))
-            free = blocks["species"] if INPAINT else seen["species"][seeds[-1] % len(seen["species"])]
-            slots.append({"species": free, **wish})
+            slots.append({"species": species[seeds[-1] % len(species)], **wish})
             captions.append(trees.phrase(slots[-1]))
     known = None if known is None else known.repeat(len(asked), 1, 1, 1)
     x, info = sample_set(model, seeds, captions, kind=REMASK if REPAIR == "remdm" else "", known=known)
     if REPAIR == "sar":
-        x, more = structure_remask(model, x.to(device), seeds, tokens(captions), known,
-                                   plans(seeds, captions, model))
+        x, more = structure_remask(model, x, seeds, captions, known)
         info.asked += more
     v = to_voxels(x, model)
     if REPAIR == "rules":
-        v, before = trees.repair(v), v
+        before, v = v, trees.repair(v)
+        if known is not None:
+            v = np.where(to_voxels(known.clamp(min=0), model) > 0, before, v)
         print(f"rules deleted {(before > 0).sum() - (v > 0).sum()} of {(before > 0).sum()} blocks")
     parts, told_true = trees.scs(v), faithfulness(v, slots)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1271,6 +1326,7 @@ def main():
     free = "EPOCHS EVAL_EVERY KEEP_EVERY SAVE_SECONDS TENSORBOARD COMPILE SIZE INPAINT FORMATS "  # may change
     free += "STEPS GUIDANCE AIR_BIAS REVERSE REPAIR REMASK ETA SAR_ROUNDS SAR_STEPS SAMPLES DRAWS PLAN_FROM"
     run = start(__file__, globals(), [name for name in free.split() if (name, LOSS) != ("REVERSE", "hybrid")])
+    run.device = double_device(run.device)
     data, ref = prepare(run.device, run.rank, run.world)
     torch.manual_seed(SEED)
     model = build_model(data).to(run.device)

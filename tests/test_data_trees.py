@@ -496,6 +496,16 @@ def test_statistics_of_the_kinds(forest):
     assert (trees.statistics(forest["oak"])[:, 9] == 1).all()
 
 
+def test_symmetries(forest):
+    for kind in ("acacia", "dark_oak"):  # a 1x1 and a 2x2 trunk
+        v = forest[kind][0]
+        copies = trees.symmetries(v)
+        assert np.array_equal(copies[0], v) and all((c > 0).sum() == (v > 0).sum() for c in copies)
+        assert len({c.tobytes() for c in copies}) == 8
+        assert {trees.augment(v, np.random.default_rng(i)).tobytes() for i in range(80)} == {
+            c.tobytes() for c in copies}
+
+
 def outcomes(kind):
     """Every tree of a kind with its probability, coins included."""
     class Dice(trees._Path):
@@ -522,8 +532,8 @@ def test_entropy(kind, bits):
 
 def test_entropy_of_a_kind_among_others():
     """'oak' may mean three kinds that share no tree, log2 3 bits more; 'birch' two that share three heights."""
-    assert trees.entropy_bits("oak", among=("oak", "swamp_oak", "fancy_oak")) == pytest.approx(13.585 + np.log2(3),
-                                                                                             abs=.001)
+    three = trees.entropy_bits("oak", among=("oak", "swamp_oak", "fancy_oak"))
+    assert three == pytest.approx(13.585 + np.log2(3), abs=.001)
     birch, super_birch = outcomes("birch"), outcomes("super_birch")
     want = -sum(p * np.log2((p + super_birch[v]) / 2) for v, p in birch.items())
     assert trees.entropy_bits("birch", among=("super_birch",)) == pytest.approx(want)

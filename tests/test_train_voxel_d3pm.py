@@ -247,10 +247,12 @@ def test_cosine_grid_reveals_few_blocks_at_first():
         times = vd.cosine_grid(steps)
         assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
         assert abs(190 * (1 - times[1]) - blocks) < 0.006
-    five = -np.diff(vd.cosine_grid(50))[:5] * 190
+    five = -np.diff(vd.cosine_grid(50)[:, 0])[:5] * 190
     assert np.allclose(five, (0.09, 0.28, 0.47, 0.65, 0.84), atol=0.006)
     part = vd.cosine_grid(5, 0.4)
     assert part[0] == 0.4 and part[-1] == 0 and all(a > b for a, b in zip(part, part[1:]))
+    both = vd.cosine_grid(5, torch.tensor([0.4, 1.0]))  # each tree its own times
+    assert torch.allclose(both, torch.cat([part, vd.cosine_grid(5)], 1))
 
 
 def test_blind_pairs_cost_what_they_must(use):
@@ -259,7 +261,7 @@ def test_blind_pairs_cost_what_they_must(use):
     pair = torch.tensor([[0, 0.5], [0.5, 0]]).double()
     model = Exact(vd.noise_law(torch.tensor([0.5, 0.5])), pair)
     for steps, share in ((1, 0.5), (8, 0.0769), (50, 0.0123)):
-        assert abs(0.5 * (np.diff(vd.cosine_grid(steps)) ** 2).sum() - share) < 1e-4
+        assert abs(0.5 * (np.diff(vd.cosine_grid(steps)[:, 0]) ** 2).sum() - share) < 1e-4
     x, info = vd.sample(model, range(1500), vd.tokens([""] * 1500), steps=8)
     assert abs(float((x.flatten(1).sum(1) != 1).double().mean()) - 0.0769) < 4 * (0.0769 / 1500) ** 0.5
     logs = float((x > 0).double().flatten(1).sum(1).mean())
@@ -284,12 +286,13 @@ def test_remdm_keeps_the_share_of_mask(use):
         log_p = vd.posterior(p.log().expand(4, 1, 3), x_t, time_t, pi)
         if t < 1:
             plain = vd.reverse(log_p, x_t, time_t, time_s, pi)
-            assert torch.allclose(vd.remask(log_p, x_t, t, s, 0.0), plain, atol=1e-6)
+            same = vd.remask(log_p, x_t, time_t, time_s, torch.zeros(4))
+            assert torch.allclose(same, plain, atol=1e-6)
         before = torch.tensor([*((1 - t) * p), t])
         for sigma in (0.0, 0.1, min(1.0, s / max(1 - t, 1e-9))):
             if sigma > s / max(1 - t, 1e-9):
                 continue
-            step = vd.remask(log_p, x_t, t, s, sigma)[:, 0].nan_to_num()
+            step = vd.remask(log_p, x_t, time_t, time_s, torch.full((4,), sigma))[:, 0].nan_to_num()
             assert torch.allclose(step[before > 0].sum(1), torch.ones(int((before > 0).sum())), atol=1e-5)
             assert torch.allclose(before @ step, torch.tensor([*((1 - s) * p), s]), atol=1e-5), (t, s, sigma)
     loop = vd.schedule(40, kind="loop")
@@ -334,18 +337,27 @@ def test_seeds(use):
     assert a.max() < data.K  # no MASK is left
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-def test_known_blocks_stay(use, process):
-    model, data = tiny_model(use, PROCESS=process)
+def test_known_blocks_stay(use):
+    model, data = tiny_model(use)
     known = torch.full((2, *data.box), -1)
     known[:, :4, 3, 3] = 3
     path = []
     x, _ = vd.sample(model, (0, 1), vd.tokens(["birch"] * 2), known=known, path=path)
     assert (x[:, :4, 3, 3] == 3).all()
-    if process == "absorbing":
-        assert all((step[:, :4, 3, 3] == 3).all() for _, step in path)
-        nothing, _ = vd.sample(model, (0, 1), vd.tokens(["birch"] * 2), known=torch.full_like(known, -1))
-        assert torch.equal(nothing, vd.sample(model, (0, 1), vd.tokens(["birch"] * 2))[0])
+    assert all((step[:, :4, 3, 3] == 3).all() for _, step in path)
+    assert path[0][0] == pytest.approx(1 - 4 / math.prod(data.box))  # t is the share of MASK
+    nothing, _ = vd.sample(model, (0, 1), vd.tokens(["birch"] * 2), known=torch.full_like(known, -1))
+    assert torch.equal(nothing, vd.sample(model, (0, 1), vd.tokens(["birch"] * 2))[0])
+
+
+def test_what_is_known_decides_the_rest(use):
+    """One of two voxels is given: the other follows the exact conditional law."""
+    model = Exact(law(use, "absorbing"))
+    for given in range(3):
+        known = torch.tensor([given, -1]).view(1, 1, 1, 2).expand(1000, -1, -1, -1)
+        x, _ = vd.sample(model, range(1000), vd.tokens([""] * 1000), steps=20, known=known)
+        found = x[:, 0, 0, 1].bincount(minlength=3) / 1000
+        assert (found - JOINT[given] / JOINT[given].sum()).abs().max() < 0.06
 
 
 def test_sar_leaves_whole_trees_and_never_lowers_the_score(use):
@@ -353,18 +365,21 @@ def test_sar_leaves_whole_trees_and_never_lowers_the_score(use):
     def boxed(v):
         return torch.from_numpy(vd.in_box(v, data.box).astype(np.int64))
     whole = boxed(data.test.voxels[:4])
-    same, asked = vd.structure_remask(model, whole, range(4), vd.tokens(["oak"] * 4))
+    same, asked = vd.structure_remask(model, whole, range(4), ["oak"] * 4)
     assert torch.equal(same, whole) and asked == 0
     g = np.random.default_rng(0)
     damaged = np.stack([trees.corrupt(data.test.voxels[0], kind, g)
                         for kind in ("cut trunk", "no ground logs", "noise 1e-2")])
     damaged = vd.to_voxels(boxed(damaged), model)  # noise outside the box is not the model's to mend
-    x, asked = vd.structure_remask(model, boxed(damaged), range(3), vd.tokens(["oak"] * 3))
+    x, asked = vd.structure_remask(model, boxed(damaged), range(3), ["oak"] * 3)
     assert (trees.scs(vd.to_voxels(x, model)).scs >= trees.scs(damaged).scs).all() and asked > 0
     near = F.max_pool3d(boxed(trees.broken(damaged)).float(), 3, 1, 1).bool()
     use(SAR_ROUNDS=1)
-    once, _ = vd.structure_remask(model, boxed(damaged), range(3), vd.tokens(["oak"] * 3))
+    once, _ = vd.structure_remask(model, boxed(damaged), range(3), ["oak"] * 3)
     assert torch.equal(once[~near], boxed(damaged)[~near])
+    known = torch.where(near, boxed(damaged), -1)  # all that is broken must stay
+    kept, asked = vd.structure_remask(model, boxed(damaged), range(3), ["oak"] * 3, known)
+    assert torch.equal(kept, boxed(damaged)) and asked == 0
 
 
 # ---------------------------------------------------------------- data, captions
@@ -411,18 +426,67 @@ def test_neighbours():
     assert few["precision"] == 1 and few["coverage"] < 0.05
     far = vd.neighbours(a, b + 100)
     assert far == dict(precision=0, recall=0, density=0, coverage=0)
+    real = np.c_[a[:, :2], np.zeros(300)]  # with a statistic that never varies
+    flat = np.c_[np.repeat(b[:60, :2], 5, 0), np.zeros(300)]
+    wild = flat.copy()
+    wild[0, 2] = 1  # and one stray block
+    assert abs(vd.neighbours(real, wild)["recall"] - vd.neighbours(real, flat)["recall"]) < 0.03
     ties = np.repeat(np.arange(3.0), 100)[:, None]
     assert vd.neighbours(ties, ties)["coverage"] == 1
 
 
+def test_distribution():
+    """1 for new draws of any size, larger the further a law is off, and a stray block counts."""
+    g = np.random.default_rng(0)
+    test, fresh = g.normal(size=(100, 5)), g.normal(size=(1000, 5))
+    ladder = [vd.distribution(g.normal(size=(100, 5)) + shift, test, fresh) for shift in (0, 0.3, 1.0)]
+    assert 0.6 < ladder[0] < 1.5 < ladder[1] < ladder[2]
+    test[:, 4] = fresh[:, 4] = 0
+    assert vd.distribution(test, test, fresh) < 1e-6 < vd.distribution(test + [0, 0, 0, 0, 1], test, fresh)
+
+
+def test_reference_rows(use):
+    """New draws are whole and are what their captions say; nothing else is both, and each row is told apart."""
+    use(GRID=16, TRAIN=200, TEST=80, SAMPLES=40)
+    data = vd.load_data()
+    ref = vd.reference(data)
+    fresh = ref.rows["fresh draw"]
+    assert fresh["scs"] == fresh["valid"] == fresh["faithfulness"] == 1 and fresh["coverage"] > 0.8
+    assert ref.rows["always air"]["scs"] == ref.rows["always air"]["coverage"] == 0
+    assert ref.rows["training copy"]["distance"] == 0 and ref.rows["training copy"]["valid"] == 1
+    assert ref.rows["marginal argmax"]["unique"] < 0.1 and ref.rows["independent marginals"]["valid"] < 0.5
+    assert vd.share(ref.shuffled) < 0.9
+    use(SPECIES="oak,swamp_oak", TRAIN=200)
+    both = vd.load_data()
+    assert vd.marginal_bits(both.test, "oak", both) > ref.bits["oak"] + 20  # "oak" says less now
+
+
+def test_wishes_are_read(capsys):
+    seen = [dict(species="oak", height=6, size="small"), dict(species="spruce", height=10, size="large")]
+    assert vd.understood("small oak tree", seen) == dict(species="oak", size="small")
+    assert capsys.readouterr().out == ""
+    assert vd.understood("large oak", seen) == dict(species="oak", size="large")
+    assert capsys.readouterr().out == "note: no training tree was all of 'large oak'; size was small\n"
+    with pytest.raises(SystemExit):
+        vd.understood("birch", seen)
+    assert "no training tree had species birch; there were oak, spruce" in capsys.readouterr().err
+
+
 def test_copies_are_seen(use):
+    use(GRID=16)
     drawn = trees.trees("oak", 40, 16, 1, cache=None).voxels
-    assert (vd.nearest_train(drawn[:3], drawn) == 0).all()
+    memory = vd.memory_of(drawn)
+    assert (vd.nearest_train(drawn[:3], memory) == 0).all()
     turned = np.stack([trees.augment(v, np.random.default_rng(3)) for v in drawn[:3]])
-    assert (vd.nearest_train(turned, drawn) == 0).all()
-    other = vd.nearest_train(trees.trees("oak", 6, 16, 3, cache=None).voxels, drawn)
+    assert (vd.nearest_train(turned, memory) == 0).all()
+    moved = np.stack([trees.augment(v, np.random.default_rng(3), 4) for v in drawn[:3]])
+    assert (vd.nearest_train(moved, memory) > 0.3).any()
+    use(JITTER=4)  # then where a tree stands does not make it new
+    assert (vd.nearest_train(moved, vd.memory_of(drawn)) == 0).all()
+    use(JITTER=0)
+    other = vd.nearest_train(trees.trees("oak", 6, 16, 3, cache=None).voxels, memory)
     assert (other >= 0).all() and other.max() > 0
-    assert (vd.nearest_train(np.zeros((1, 16, 16, 16), np.uint8), drawn) == 1).all()
+    assert (vd.nearest_train(np.zeros((1, 16, 16, 16), np.uint8), memory) == 1).all()
     assert vd.rank_z(np.zeros(50), np.ones(50)) < -8 and abs(vd.rank_z(np.ones(50), np.ones(50))) < 1e-9
 
 
@@ -452,6 +516,14 @@ def test_the_box_holds_every_tree_and_nothing_is_lost_on_the_way(use):
             assert np.array_equal(vd.to_voxels(x, SimpleNamespace(K=data.K)), part.voxels)
             assert (x[:, 0, box[1] // 2, box[2] // 2] % 2 == 1).all()  # the trunk
         use(COARSE="")
+    use(GRID=16, SPECIES="dark_oak,acacia", TRAIN=60, TEST=60, MULTS=(1,))  # own trees are turned and moved
+    own = vd.load_data().train.voxels
+    for jitter in (0, 2):
+        use(DATA="own.npz", JITTER=jitter)
+        box = vd.box_of([SimpleNamespace(voxels=own), SimpleNamespace(voxels=own)])
+        g = np.random.default_rng(0)
+        turned = np.stack([trees.augment(v, g, jitter) for v in own for _ in range(8)])
+        assert (vd.in_box(turned, box) > 0).sum() == (turned > 0).sum()
 
 
 def test_training_beats_independent_voxels(use):
@@ -529,7 +601,7 @@ def test_killed_and_resumed_equals_unbroken(launch):
     refused(launch(*at, "RES_BLOCKS=2", out=run.out), "RES_BLOCKS: 1 there, 2 now", "RESUME=False")
 
 
-@pytest.mark.parametrize("settings", ("PROCESS=uniform LOSS=hybrid", "PROCESS=marginal LOSS=elbo PRIOR=class",
+@pytest.mark.parametrize("settings", ("PROCESS=absorbing LOSS=hybrid", "PROCESS=uniform LOSS=hybrid", "PROCESS=marginal LOSS=elbo PRIOR=class",
                                       "BACKBONE=dit", "LOSS=elbo JITTER=1 SPECIES=oak"))
 def test_every_kind_of_training_steps(launch, settings):
     run = launch("EPOCHS=1", *settings.split(), "EVAL_EVERY=1000")
@@ -584,7 +656,7 @@ def test_sample_py(launch, done, tmp_path):
         assert drawn(*command, *more).code == 0
     refused(drawn("--prompt", "tall oka"), "unknown word 'oka'", "birch")
     refused(drawn("--prompt", "acacia"), "species acacia", "birch, oak")
-    refused(drawn("--prompt", "oak, 20 blocks"), "do not fit the grid")
+    refused(drawn("--prompt", "oak, 20 blocks"), "had height 20; there were 5, 6, 7")
     refused(drawn("--prompt", "oak", "--num-samples", "0"), "at least 1")
     refused(drawn("--size", "huge"), "SIZE='huge'")
     stray = np.zeros((8, 8, 8), np.uint8)
@@ -633,7 +705,9 @@ BAD = {
     "PROCESS=gauss": "one of absorbing", "LOSS=mse": "one of ce", "GRID=9": "must divide",
     "EPOCHS=0": "above 0", "WIDTH=9": "divisible by 8", "ATTN_LEVELS=2,3": "levels 1 to 1",
     "SAMPLES=4": "at least 8", "SEED=-1": "SEED", "PATCH=3": "must divide", "DROPOUT=1.5": "DROPOUT",
-    "REPAIR=sar PROCESS=uniform": "no MASK", "FORMATS=schem,obj": "litematic",
+    "REPAIR=sar PROCESS=uniform": "no MASK", "INPAINT=a.schem PROCESS=marginal": "no MASK",
+    "COARSE=plan JITTER=1": "in the middle", "COARSE=detail": "COARSE=plan", "GRID=40": "32",
+    "SAMPLES=60": "TEST=120", "EVAL_EVERY=2 KEEP_EVERY=3": "multiple", "FORMATS=schem,obj": "litematic",
     "BACKBONE=dit DIM=26": "DIM=26", "SIZE=huge": "one of"}
 
 
