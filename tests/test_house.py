@@ -228,7 +228,8 @@ def check_command(words):
             patch.setattr(sys, "argv", [name, *rest])
             args = sample.parse()
         settings = args.settings
-        script = "train_lm.py" if "lm_" in str(args.checkpoint) else "train_stl10.py"
+        run = args.checkpoint.parent.name.split("_stage")[0]  # runs/lm_stage3/last.pt was made by train_lm.py
+        script = f"train_{run}.py" if (ROOT / f"train_{run}.py").exists() else "train_stl10.py"
     else:
         settings, script = [w for w in rest if w not in ("-h", "--help")], name
     namespace = {}
