@@ -14,8 +14,8 @@ Discrete diffusion of block trees (D3PM), in one file: from a prompt to a tree t
     python train_voxel_d3pm.py PROCESS=uniform OUT=runs_uniform
     python train_voxel_d3pm.py --lr 2e-5 --res-blocks 3 --attn-levels 1,2 --dropout 0.15 OUT=runs_slow
     python train_voxel_d3pm.py DATA=my_trees.npz OUT=runs_mine           # own trees, see data/trees.py
-    torchrun --nproc_per_node=1 train_voxel_d3pm.py GRID=32 SPECIES=all TRAIN=65536 WIDTH=64 MULTS=1,2,4 \
-        ATTN_LEVELS=2,3 BATCH_SIZE=256 LR=3e-4 EMA_DECAY=0.9995 EPOCHS=400 EVAL_EVERY=40
+    python train_voxel_d3pm.py GRID=32 SPECIES=all TRAIN=65536 WIDTH=64 MULTS=1,2,4 \
+        RES_BLOCKS=2 ATTN_LEVELS=2,3 BATCH_SIZE=256 LR=3e-4 EMA_DECAY=0.9995 EPOCHS=400 EVAL_EVERY=40
     python sample.py --checkpoint runs/voxel_d3pm/last.pt --prompt "tall oak tree" --size normal \
         --num-samples 5 --sampling-steps 100           # pictures, .schem for the game, .vox; REPAIR=sar is a
                                                        # setting, INPAINT=trunk.schem grows a crown on yours
@@ -23,7 +23,7 @@ Discrete diffusion of block trees (D3PM), in one file: from a prompt to a tree t
 Letters: B trees in a batch, n the grid's side, K classes of blocks (0 is air), S = K states and MASK (= K)
 where the process absorbs, L words of a caption, N sampling steps. A grid is [y, z, x], y up. What is noised
 and drawn is the box of the grid that trees of the data reach, (h, w, w); the rest is air.
-Not here: per-class loss weights, confidence order, top-p, argmax: each makes trees worse. Two stages of a
+Not here: per-class loss weights, confidence order, top-p, argmax, which change the law that is drawn. Stages of a
 plan and its detail are COARSE; species swap, larger worlds and blocks of other things are not here.
 """
 
