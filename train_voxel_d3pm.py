@@ -23,8 +23,8 @@ Discrete diffusion of block trees (D3PM), in one file: from a prompt to a tree t
 Letters: B trees in a batch, n the grid's side, K classes of blocks (0 is air), S = K states and MASK (= K)
 where the process absorbs, L words of a caption, N sampling steps. A grid is [y, z, x], y up. What is noised
 and drawn is the box of the grid that trees of the data reach, (h, w, w); the rest is air.
-Not here: per-class loss weights, confidence order, top-p, argmax, which change the law that is drawn. Stages of a
-plan and its detail are COARSE; species swap, larger worlds and blocks of other things are not here.
+Not here: per-class loss weights, confidence order, top-p, argmax, which change the law that is drawn; species
+swap, larger worlds, blocks of other things. A plan first and its detail then is COARSE.
 """
 
 import contextlib
