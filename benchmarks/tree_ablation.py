@@ -3,11 +3,11 @@ What makes the trees of train_voxel_d3pm.py whole: the lab notes' explanations, 
 
     The notes saw a second trunk and floating leaves at 99.8 % accuracy, and blamed a learning rate that was
     not slow enough, two residual blocks that "see 7 blocks", attention missing at one level, and too little
-    dropout. Each row here changes one of these (or what we think matters) and trains for the same number of
-    core-seconds, so a slower network sees fewer trees; schedule, warm-up and EMA are the script's own.
+    dropout. Each row here changes one of these (or what we think matters) and trains for the same time: a
+    network whose step takes twice as long gets half the steps. Schedule, warm-up, EMA are the script's own.
 
     python benchmarks/tree_ablation.py                          every row: half an hour on one core
-    python benchmarks/tree_ablation.py --seconds 60 --only "tuned,LR"   rows whose names begin so
+    python benchmarks/tree_ablation.py --steps 300 --only "tuned,LR"    rows whose names begin so
     python benchmarks/tree_ablation.py --out runs/tree_ablation --samples 256
 
 Columns: steps taken; loss, of held-out trees, the same draws of noise for all (blank where the task is
@@ -57,28 +57,46 @@ ROWS = {
     "a quarter of the time": dict(),
     "three times the time": dict(),
 }
-SHARE = {"a quarter of the time": 0.25, "three times the time": 3.0}  # of --seconds
+SHARE = {"a quarter of the time": 0.25, "three times the time": 3.0}
 
 
-def trained(data, seconds):
-    """The EMA after so many core-seconds, and the number of steps."""
+def stepper(data):
+    """Of a new network: what takes optimizer step `step` of `total`, and the averaged weights."""
     torch.manual_seed(d3pm.SEED)
     model = d3pm.build_model(data)
+    ema, guard = copy.deepcopy(model).eval().requires_grad_(False), common.Guard()
     run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), d3pm.LR, (0.9, d3pm.BETA2),
+                                  weight_decay=d3pm.WEIGHT_DECAY, fused=True)
 
-    def steps(model, count, total):
-        ema, guard = copy.deepcopy(model).eval().requires_grad_(False), common.Guard()
-        optimizer = torch.optim.AdamW(model.parameters(), d3pm.LR, (0.9, d3pm.BETA2),
-                                      weight_decay=d3pm.WEIGHT_DECAY, fused=True)
-        for step in range(count):
-            d3pm.train_step(model, model, ema, optimizer, guard, data, step, total, run)
-        return ema
-    spare = copy.deepcopy(model)
-    steps(spare, 3, 1000)
-    clock = time.process_time()
-    steps(spare, 10, 1000)
-    total = max(10, round(10 * seconds / (time.process_time() - clock)))
-    return steps(model, total, total), total
+    def take(step, total):
+        d3pm.train_step(model, model, ema, optimizer, guard, data, step, total, run)
+    return take, ema
+
+
+def under(changed, f, *arguments):
+    """f(*arguments) with these settings of the script."""
+    before = common.settings(vars(d3pm))
+    try:
+        vars(d3pm).update(changed)
+        d3pm.check_settings()
+        return f(*arguments)
+    finally:
+        vars(d3pm).update(before)
+
+
+def speed(changed, rounds=5):
+    """Steps that a row takes in the time of one tuned step: both take turns, the fastest of each counts."""
+    if not changed.keys() - {"LR", "SEED", "STEPS"}:
+        return 1.0
+    times, takes = [[], []], [under(c, lambda: stepper(d3pm.load_data())[0]) for c in ({}, changed)]
+    for i in range(rounds):
+        for take, settings, found in zip(takes, ({}, changed), times):
+            clock = time.process_time()
+            for step in range(3):
+                under(settings, take, 3 * i + step, 1000)
+            found.append(time.process_time() - clock)
+    return min(times[0]) / min(times[1])
 
 
 @torch.no_grad()
@@ -103,26 +121,21 @@ def row_of(voxels, test):
     return [parts.scs.mean(), parts.scs.std() / n**0.5, parts.valid.mean(), near["coverage"]]
 
 
-def measure(name, changed, seconds, samples):
-    """[steps, loss, bits, scs, error, valid, coverage] of one row."""
-    before = common.settings(vars(d3pm))
-    try:
-        vars(d3pm).update(changed)
-        d3pm.check_settings()
-        data = d3pm.load_data()
-        model, count = trained(data, seconds * SHARE.get(name, 1))
-        comparable = d3pm.PROCESS == "absorbing" and not d3pm.JITTER
-        oaks = data.test.voxels[[i for i, kind in enumerate(data.test.kind) if kind == "oak"]]
-        bits = d3pm.tree_bits(model, oaks, d3pm.tokens(["oak"]), 256, common.generator_of(0, "bits"))
-        words = np.random.default_rng(1)
-        captions = [trees.caption(s, words, 0.0) for s in data.test.slots[:samples]]
-        seeds = [common.seed_of(0, "sample", i) for i in range(samples)]
-        x, _ = d3pm.sample_set(model, seeds, captions)
-        loss = held_out(model, data) if comparable else math.nan
-        return [count, loss, bits.mean() - d3pm.kind_entropy("oak"),
-                *row_of(d3pm.to_voxels(x, model), data.test.voxels)]
-    finally:
-        vars(d3pm).update(before)
+def measure(steps, samples):
+    """[steps, loss, bits, scs, error, valid, coverage] after so many steps under the settings of now."""
+    data = d3pm.load_data()
+    take, model = stepper(data)
+    for step in range(steps):
+        take(step, steps)
+    comparable = d3pm.PROCESS == "absorbing" and not d3pm.JITTER
+    oaks = data.test.voxels[[i for i, kind in enumerate(data.test.kind) if kind == "oak"]]
+    bits = d3pm.tree_bits(model, oaks, d3pm.tokens(["oak"]), 512, common.generator_of(0, "bits"))
+    words = np.random.default_rng(1)
+    captions = [trees.caption(s, words, 0.0) for s in data.fresh.slots[:samples]]
+    x, _ = d3pm.sample_set(model, [common.seed_of(0, "sample", i) for i in range(samples)], captions)
+    loss = held_out(model, data) if comparable else math.nan
+    return [steps, loss, bits.mean() - d3pm.kind_entropy("oak"),
+            *row_of(d3pm.to_voxels(x, model), data.test.voxels)]
 
 
 def table(rows):
@@ -151,7 +164,7 @@ def drawn(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=90, help="core-seconds of training a row")
+    parser.add_argument("--steps", type=int, default=600, help="of the tuned row; others get its time")
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--only", default="", help="beginnings of rows' names, comma-separated")
     parser.add_argument("--out", type=Path, default=Path("runs/tree_ablation"))
@@ -167,7 +180,8 @@ def main():
     rows = {}
     for name, changed in ROWS.items():
         if name.startswith(wanted):
-            rows[name] = measure(name, changed, arguments.seconds, arguments.samples)
+            steps = round(arguments.steps * speed(changed) * SHARE.get(name, 1))
+            rows[name] = under(changed, measure, steps, arguments.samples)
             print(table({name: rows[name]}).splitlines()[-1], flush=True)
     if not rows:
         parser.error(f"--only {arguments.only!r}: no row begins so; there are {', '.join(ROWS)}")

@@ -672,6 +672,7 @@ def test_sample_py(launch, done, tmp_path):
     assert x.shape == (2, 8, 8, 8) and (x[:, :4, 4, 4] == 3).all()
     voxel_files.write(tmp_path / "other.schem", np.where(trunk, 9, 0))
     refused(drawn(f"INPAINT={tmp_path / 'other.schem'}"), "acacia_log")
+    refused(drawn("INPAINT=/none.schem"), "INPAINT=/none.schem: No such file")
     (tmp_path / "cut.schem").write_bytes((tmp_path / "trunk.schem").read_bytes()[:50])
     refused(drawn(f"INPAINT={tmp_path / 'cut.schem'}"), "cut.schem")
 
