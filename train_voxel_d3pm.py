@@ -441,13 +441,13 @@ def loss_fn(model, x_0, x_t, t, words, pi, blocks, again=None, plan=None):
         density = wide(math.pi / 2 * (1 - t.square()).clamp(min=0).sqrt(), x_t)  # dt/du
         ce = density * rate_gap(log_p, x_0, x_t, t.clamp(1e-4, 1 - 1e-4), pi)
     elif LOSS == "hybrid":
-        late = t.double()  # of all u, the share that was rounded up to this t
-        share = ((late - 1 / VB_STEPS).clamp(min=0).acos() - late.acos()) * 2 / math.pi
+        late = t.double()
+        chance = ((late - 1 / VB_STEPS).clamp(min=0).acos() - late.acos()) * 2 / math.pi  # of this t
         exact = F.one_hot(x_0, log_p.shape[-1]).to(log_p.dtype).log()
         q, p = (reverse(law, x_t, t, (t - 1 / VB_STEPS).clamp(min=0), pi, plug) for law, plug in (
             (exact, False), (log_p, REVERSE == "plug-in")))
         KL = (torch.special.xlogy(q, q) - torch.special.xlogy(q, p.clamp(min=1e-30))).sum(-1)
-        ce = KL / wide(share.to(KL.dtype), x_t) + LAMBDA * ce
+        ce = KL / wide(chance.to(KL.dtype), x_t) + LAMBDA * ce
     return ce.flatten(1).sum(1) / blocks
 
 
@@ -545,6 +545,7 @@ def sample(model, seeds, words, steps=None, kind="", begin=1.0, x=None, known=No
             law = (GUIDANCE * logs[0] + (1 - GUIDANCE) * logs[-1]).softmax(-1)
             log_p = estimates[0]
         new = draw(law, uniform())
+        new = new if known is None else torch.where(known >= 0, known, new)  # ReMDM would hide them too
         decided = (new != x) & (new > 0) & (new < K)
         info.revealed.append(float(decided.flatten(1).sum(1).double().mean()))
         x, before = new, log_p.exp() if SELF_CONDITION else None

@@ -346,6 +346,10 @@ def test_known_blocks_stay(use):
     assert (x[:, :4, 3, 3] == 3).all()
     assert all((step[:, :4, 3, 3] == 3).all() for _, step in path)
     assert path[0][0] == pytest.approx(1 - 4 / math.prod(data.box))  # t is the share of MASK
+    use(ETA=1.0)
+    for kind in ("loop", "cap", "rescale"):
+        x, _ = vd.sample(model, (0, 1), vd.tokens(["birch"] * 2), 8, kind, known=known)
+        assert (x[:, :4, 3, 3] == 3).all() and x.max() < data.K
     nothing, _ = vd.sample(model, (0, 1), vd.tokens(["birch"] * 2), known=torch.full_like(known, -1))
     assert torch.equal(nothing, vd.sample(model, (0, 1), vd.tokens(["birch"] * 2))[0])
 
