@@ -54,15 +54,15 @@ COLOURS = ("6b5130 4a8f28 d8d7ce 7fa64d 3f2a14 335b3a 5a4a1e 2f9e1c a85632 9aa52
 # ------------------------------------------------------------------------------------------------------------
 # A tree in the game
 
-def leaf_distance(v, logs=None):
+def leaf_distance(v):
     """The game's `distance` of every leaf: uint8 (..., y, z, x), 1 to 7, and 0 where there is no leaf.
 
-    v: classes (..., y, z, x); logs: bool of that shape, where to count from (None: every log). A leaf has
-    distance d <= 6 when d steps to one of 6 neighbours, through leaves of any species, lead to a log, else 7.
+    v: classes (..., y, z, x). A leaf has distance d <= 6 when d steps to one of 6 neighbours, through leaves
+    of any species, lead to a log, else 7.
     """
     v = np.asarray(v)
     leaves = (v > 0) & (v % 2 == 0)
-    reached = v % 2 == 1 if logs is None else np.asarray(logs, bool)
+    reached = v % 2 == 1
     distance = leaves * np.uint8(FARTHEST)
     for d in range(1, FARTHEST):
         near = reached.copy()

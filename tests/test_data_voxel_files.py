@@ -49,10 +49,10 @@ def back(path):
 
 # The game's rules
 
-def plain_distance(v, logs):
-    """Distances by a queue, block by block."""
+def plain_distance(v):
+    """Distances from logs by a queue, block by block."""
     distance, queue = np.full(v.shape, 7), deque()
-    for at in map(tuple, np.argwhere(logs)):
+    for at in map(tuple, np.argwhere(v % 2 == 1)):
         queue.append((at, 0))
     while queue:
         at, d = queue.popleft()
@@ -71,9 +71,7 @@ def test_leaf_distance_is_that_of_a_plain_search(density):
     for shape in ((9, 8, 7), (1, 12, 3), (16, 16, 16)):
         leaves = rng.choice((2, 4, 14), shape) * (rng.random(shape) < .8)
         v = np.where(rng.random(shape) < density * .2, 1, leaves).astype(np.uint8)
-        logs = (v % 2 == 1) & (rng.random(shape) < .5)
-        assert np.array_equal(files.leaf_distance(v), plain_distance(v, v % 2 == 1))
-        assert np.array_equal(files.leaf_distance(v, logs), plain_distance(v, logs))  # logs of a component
+        assert np.array_equal(files.leaf_distance(v), plain_distance(v))
         assert files.leaf_distance(v).dtype == np.uint8
     batch = np.stack([tree(seed) for seed in range(3)])
     assert np.array_equal(files.leaf_distance(batch), [files.leaf_distance(v) for v in batch])
@@ -454,7 +452,7 @@ def test_vox_of_others(tmp_path):
 
 def blocks_of(v):
     """{(x, y, z): (name, {property: value})} of a tree, said without the module's tables of states."""
-    distance, axis = plain_distance(v, v % 2 == 1), files.log_axis(v)
+    distance, axis = plain_distance(v), files.log_axis(v)
     species = "oak birch spruce jungle acacia dark_oak cherry".split()
     return {(x, y, z): (f"minecraft:{species[(v[y, z, x] - 1) // 2]}_{'log' if v[y, z, x] % 2 else 'leaves'}",
                         dict(axis="yzx"[axis[y, z, x]]) if v[y, z, x] % 2 else
