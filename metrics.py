@@ -178,10 +178,10 @@ def memorisation(samples, train, test, copies=1, chunk=512):
     return dict(memorised=float((near < held_out.quantile(.01)).double().mean()),
                 ratio=float((3 * near <= nearest_other(samples, n)).double().mean()),   # <=: 0 / 0 is a copy
                 authentic=float((nearest_other(train[n], n) < near).double().mean()),
-                mann_whitney_z=_mann_whitney(near, held_out))
+                mann_whitney_z=mann_whitney(near, held_out))
 
 
-def _mann_whitney(a, b):
+def mann_whitney(a, b):
     """z of the rank-sum test, ties averaged (Mann & Whitney 1947): negative when a (n,) lies below b (m,)."""
     _, inverse, counts = torch.cat([a, b]).unique(return_inverse=True, return_counts=True)
     n, m, t = len(a), len(b), counts.double()

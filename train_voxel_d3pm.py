@@ -52,6 +52,7 @@ import common
 from common import (Guard, autocast, batch_order, ema_update, fail, generator_of, guarded_step, lr_at,
                     override, save_artifact, seed_of, start, tile)
 from data import trees, voxel_files
+from metrics import mann_whitney
 from model_dit import DiT
 from model_unet import UNet
 
@@ -201,6 +202,11 @@ def in_box(v, box):
     return v[:, :box[0], low:low + box[1], low:low + box[2]]
 
 
+def to_states(v, box):
+    """uint8 classes (N, n, n, n) -> int64 states in the box, (N, h, w, w)."""
+    return torch.from_numpy(in_box(v, box).astype(np.int64))
+
+
 def to_voxels(x, model):
     """int64 states in the model's box (N, h, w, w) -> uint8 classes (N, n, n, n) as data.trees has them, with
     MASK 15."""
@@ -251,7 +257,7 @@ def draw_batch(data, step, attempt=0):
     voxels = data.train.voxels[index]
     if DATA != "trees":  # drawn trees look in all directions already
         voxels = np.stack([trees.augment(v, dice, JITTER) for v in voxels])
-    x_0 = torch.from_numpy(in_box(voxels, data.box).astype(np.int64))
+    x_0 = to_states(voxels, data.box)
     # stratified, and dense where the sampler's steps are; in random order, as processes share the batch
     u = (torch.randperm(n, generator=g) + torch.rand((), generator=g)) / n
     t = torch.cos(math.pi / 2 * u)
@@ -477,7 +483,7 @@ def schedule(steps, begin=1.0, kind=""):
     plan = [(t, s, sigma_of(kind, t, s) if kind in ("cap", "rescale") else torch.zeros_like(t))
             for t, s in zip(times, times[1:])]
     if stay:
-        near = 1 + int((times[1:-1].flatten(1).mean(1) - 0.1).abs().argmin())
+        near = 1 + int((times[1:-1].mean(1) - 0.1).abs().argmin())
         t = times[near]
         plan[near:near] = [(t, t, (t / (1 - t)).clamp(max=ETA))] * stay
     return plan
@@ -678,13 +684,6 @@ def nearest_train(v, memory):
     return np.array(best)
 
 
-def rank_z(a, b):
-    """Mann-Whitney z of samples a against b, far below 0 when a is smaller."""
-    u = (a[:, None] > b).sum() + 0.5 * (a[:, None] == b).sum()
-    n, m = len(a), len(b)
-    return float((u - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12))
-
-
 def distribution(phi, test, fresh):
     """Mean over statistics of W1(samples, test) / W1(fresh, test): 1 is as near as new draws. W1 of samples
     of equal size: the mean gap of sorted values. phi, test (N, d); fresh (M, d): every N make one."""
@@ -719,12 +718,12 @@ def by_time(model, part, count=64):
     accuracy of always-air, recall of blocks that are not air; then cross-entropy of each class. (7, 4 + K).
     Over MASK where the process absorbs, over all voxels else: what is revealed is no merit."""
     device, K, rows = model.pi.device, model.K, []
-    index = list(range(min(count, len(part.kind))))  # kinds take turns, own trees are shuffled
+    count = min(count, len(part.kind))  # the first: kinds take turns, own trees are shuffled
     for t in times_shown:
         total = np.zeros((3 + 2 * K,))
-        for j in range(0, len(index), 32):
-            now = index[j:j + 32]
-            x_0 = torch.from_numpy(in_box(part.voxels[now], model.prior.shape[:3]).astype(np.int64))
+        for j in range(0, count, 32):
+            now = range(j, min(j + 32, count))
+            x_0 = to_states(part.voxels[now], model.prior.shape[:3])
             time_t = torch.full((len(now),), t)
             x_t = q_sample(x_0, time_t, model.pi.cpu(), generator_of(SEED, "by_time", t, j)).to(device)
             x_0, time_t = x_0.to(device), time_t.to(device)
@@ -758,7 +757,7 @@ def tree_bits(model, voxels, words, draws, g, batch=32):
     u = (torch.randperm(draws, generator=g) + torch.rand(draws, generator=g, dtype=torch.float64)) / draws
     for j in range(0, draws, batch):
         at = torch.arange(j, min(j + batch, draws))
-        x_0 = torch.from_numpy(in_box(voxels[at.numpy() % len(voxels)], box).astype(np.int64))
+        x_0 = to_states(voxels[at.numpy() % len(voxels)], box)
         if len(model.pi) > K:
             n = 1 + (u[at] * D).long()
             rank = torch.rand(len(at), D, generator=g, dtype=torch.float64).argsort(1).argsort(1)
@@ -825,8 +824,8 @@ def reference(data):
     test trees than a new draw does."""
     ref, n = SimpleNamespace(), min(SAMPLES, len(data.test.kind), len(data.fresh.kind))
     g, dice = np.random.default_rng(0), np.random.default_rng(1)
-    ref.sub = np.arange(min(2048, len(data.train.kind)))  # neighbours are looked for among these
-    ref.memory = memory_of(data.train.voxels[ref.sub])
+    near = data.train.voxels[:2048]  # neighbours are looked for among these
+    ref.memory = memory_of(near)
     kind = data.fresh.kind[:n]  # kinds take turns, and own trees are shuffled
     ref.captions = [trees.caption(slots, dice, 0.0) for slots in data.fresh.slots[:n]]  # none empty
     ref.slots = [trees.parse(caption) for caption in ref.captions]
@@ -848,7 +847,7 @@ def reference(data):
     ref.entropy = {name: kind_entropy(name) for name in data.names}
     ref.bits = {name: marginal_bits(data.test, name, data) for name in data.names}
     law = data.counts / data.counts.sum(-1, keepdims=True) * np.ones((*data.box, 1))
-    x = torch.from_numpy(in_box(data.train.voxels[ref.sub], data.box).astype(np.int64))[..., None]
+    x = to_states(near, data.box)[..., None]
     ce = -torch.from_numpy(np.log(law)).expand(len(x), -1, -1, -1, -1).gather(-1, x).sum((1, 2, 3, 4)).mean()
     # E t = 2 / pi under the cosine draw
     ref.start = float(ce) * 2 / math.pi / data.blocks if PROCESS == "absorbing" and LOSS == "ce" else math.nan
@@ -902,7 +901,8 @@ def evaluate(model, data, ref, count, steps=None):
     near, fresh = rows["raw"]["distance"], oracle["distance"]
     add("novelty", near / fresh if fresh > 0 else float(kept["raw"].far.mean() / max(ref.far.mean(), 1e-9)),
         None, floor=0.0, ceiling=1.0)  # 0: copies of training trees; 1: as far from them as new draws
-    add("novelty_z", rank_z(kept["raw"].far, ref.far), None, floor=None, ceiling=0.0)
+    far = map(torch.from_numpy, (kept["raw"].far, ref.far))
+    add("novelty_z", mann_whitney(*far), None, floor=None, ceiling=0.0)
     asked = kept["raw"].asked
     add("faithfulness", share(asked), "higher", floor=share(ref.shuffled), ceiling=1.0)
     for i, slot in enumerate(trees.SLOTS):
@@ -921,8 +921,8 @@ def evaluate(model, data, ref, count, steps=None):
     add("seconds_per_sample", seconds, "lower")
     add("evaluations", float(info.asked), "lower")
     add("evaluations_sar", float(sar_asked), "lower")
-    return metrics, SimpleNamespace(sets=sets, rows={**ref.rows, **rows}, kept=kept, by_time=table, bits=bits,
-                                    captions=captions, revealed=info.revealed)
+    return metrics, SimpleNamespace(sets=sets, rows={**ref.rows, **rows}, kept=kept, by_time=table,
+                                    captions=captions)
 
 
 def summary(metrics):
@@ -1240,12 +1240,11 @@ def read_known(model, path, count):
     if v.max() >= model.K:
         fail(f"INPAINT={path}: {voxel_files.BLOCKS[v.max()]} is not among the blocks of this run: "
              f"{', '.join(voxel_files.BLOCKS[1:model.K])}")
-    inside = in_box(v[None], model.prior.shape[:3])[0]
+    inside = to_states(v[None], model.prior.shape[:3])[0]
     if (inside > 0).sum() < (v > 0).sum():
-        fail(f"INPAINT={path}: {(v > 0).sum() - (inside > 0).sum()} blocks stand outside what trees of this "
-             f"run reach, {' x '.join(map(str, inside.shape))} blocks (y, z, x)")
-    known = torch.from_numpy(inside.astype(np.int64))
-    return torch.where(known > 0, known, -1).expand(count, -1, -1, -1)
+        fail(f"INPAINT={path}: {(v > 0).sum() - int((inside > 0).sum())} blocks stand outside what trees of "
+             f"this run reach, {' x '.join(map(str, inside.shape))} blocks (y, z, x)")
+    return torch.where(inside > 0, inside, -1).expand(count, -1, -1, -1)
 
 
 def save_samples(checkpoint, folder, prompt, count, seed):
@@ -1343,7 +1342,7 @@ def main():
     def save(path):
         return common.save_checkpoint(
             path, run, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-            guard=dict(vars(guard)), **vars(at), seen=data.seen, names=data.names, data=data.hash)
+            guard=dict(vars(guard)), **vars(at), seen=data.seen, data=data.hash)
 
     def save_last():
         """last.pt is also where a rollback goes, so a state that may be diverging is not worth keeping."""

@@ -62,6 +62,7 @@ SHARE = {"a quarter of the time": 0.25, "three times the time": 3.0}
 
 def stepper(data):
     """Of a new network: what takes optimizer step `step` of `total`, and the averaged weights."""
+    d3pm.check_settings()
     torch.manual_seed(d3pm.SEED)
     model = d3pm.build_model(data)
     ema, guard = copy.deepcopy(model).eval().requires_grad_(False), common.Guard()
@@ -74,27 +75,16 @@ def stepper(data):
     return take, ema
 
 
-def under(changed, f, *arguments):
-    """f(*arguments) with these settings of the script."""
-    before = common.settings(vars(d3pm))
-    try:
-        vars(d3pm).update(changed)
-        d3pm.check_settings()
-        return f(*arguments)
-    finally:
-        vars(d3pm).update(before)
-
-
 def speed(changed, rounds=5):
     """Steps that a row takes in the time of one tuned step: both take turns, the fastest of each counts."""
     if not changed.keys() - {"LR", "SEED", "STEPS"}:
         return 1.0
-    times, takes = [[], []], [under(c, lambda: stepper(d3pm.load_data())[0]) for c in ({}, changed)]
+    times, takes = [[], []], [d3pm.under(c, lambda: stepper(d3pm.load_data())[0]) for c in ({}, changed)]
     for i in range(rounds):
         for take, settings, found in zip(takes, ({}, changed), times):
             clock = time.process_time()
             for step in range(3):
-                under(settings, take, 3 * i + step, 1000)
+                d3pm.under(settings, take, 3 * i + step, 1000)
             found.append(time.process_time() - clock)
     return min(times[0]) / min(times[1])
 
@@ -105,7 +95,7 @@ def held_out(model, data, count=256):
     total, g, words = 0.0, common.generator_of(0, "held out"), np.random.default_rng(0)
     part = data.test
     for i in range(0, count, 32):
-        x_0 = torch.from_numpy(d3pm.in_box(part.voxels[i:i + 32], data.box).astype(np.int64))
+        x_0 = d3pm.to_states(part.voxels[i:i + 32], data.box)
         t = torch.cos(math.pi / 2 * (torch.arange(len(x_0)) + 0.5) / len(x_0))
         x_t = d3pm.q_sample(x_0, t, data.pi, g)
         captions = d3pm.tokens([trees.caption(s, words) for s in part.slots[i:i + 32]])
@@ -181,7 +171,7 @@ def main():
     for name, changed in ROWS.items():
         if name.startswith(wanted):
             steps = round(arguments.steps * speed(changed) * SHARE.get(name, 1))
-            rows[name] = under(changed, measure, steps, arguments.samples)
+            rows[name] = d3pm.under(changed, measure, steps, arguments.samples)
             print(table({name: rows[name]}).splitlines()[-1], flush=True)
     if not rows:
         parser.error(f"--only {arguments.only!r}: no row begins so; there are {', '.join(ROWS)}")

@@ -24,6 +24,19 @@ TINY = ("SIZE=16 WIDTH=8 MULTS=1,1 ATTENTION=False,True BATCH_SIZE=4 STEPS=2 SAM
 TINY_LM = ("TOKENIZER=byte DIM=32 MU_DIM=32 HEADS=2 DEPTH=2 CONTEXT=16 BATCH_SIZE=4 TAU=8 GRAPH_WINDOW=2 GRAPH_K=2 "
            "SAMPLES=2 LENGTH=8 PRECISION=fp32").split()  # 200 optimizer steps a second
 
+# The end of a fault: at_call(name, number, action) breaks off a run, kill() is an action.
+AT_CALL = '''
+def at_call(name, number, action, of=script):
+    "Run `action` just before call `number` (from 1) of a function."
+    old, count = getattr(of, name), iter(range(1, 10**9))
+    def new(*a, **k):
+        if next(count) == number:
+            action()
+        return old(*a, **k)
+    setattr(of, name, new)
+kill = lambda number=signal.SIGKILL: lambda: os.kill(os.getpid(), number)
+'''
+
 # One warm process imports the scripts; every run is a fork of it that may be killed, and costs no imports.
 # Reads one job a line: script, settings, environment, output file, and code to run before main(): the fault.
 ZYGOTE = """

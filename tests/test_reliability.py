@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, TINY, log, state
+from conftest import AT_CALL, ROOT, TINY, log, state
 
 # A report draws 15 figures in seconds; most faults do not need them. This one draws a random number instead.
 STUB = """
@@ -23,16 +23,7 @@ def stub(folder, model, *rest):
     better="lower", n=1)
     return {k: row for k in "val_loss class_accuracy frechet recall label_gain memorised".split()}
 real_report, script.report = script.report, stub
-def at_call(name, number, action, of=script):
-    "Run `action` just before call `number` (from 1) of a function."
-    old, count = getattr(of, name), iter(range(1, 10**9))
-    def new(*a, **k):
-        if next(count) == number:
-            action()
-        return old(*a, **k)
-    setattr(of, name, new)
-kill = lambda number=signal.SIGKILL: lambda: os.kill(os.getpid(), number)
-"""
+""" + AT_CALL
 EPOCHS = "EPOCHS=3"  # 30 training pictures: 7 steps an epoch, 21 in all
 
 

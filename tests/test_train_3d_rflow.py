@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import common
 import metrics
 import train_3d_rflow as rf
-from conftest import ROOT, fork, log, refused, state
+from conftest import AT_CALL, ROOT, fork, log, refused, state
 from data import volumes
 
 CPU = torch.device("cpu")
@@ -1086,16 +1086,7 @@ def stub(folder, model, *rest):
     return {"val_loss": row}
 script.report, script.segmenter_of = stub, lambda *a: None
 script.evaluate = lambda *a, **k: (None, None)
-def at_call(name, number, action, of=script):
-    "Run `action` just before call `number` (from 1) of a function."
-    old, count = getattr(of, name), iter(range(1, 10**9))
-    def new(*a, **k):
-        if next(count) == number:
-            action()
-        return old(*a, **k)
-    setattr(of, name, new)
-kill = lambda number=signal.SIGKILL: lambda: os.kill(os.getpid(), number)
-now = {}
+""" + AT_CALL + """now = {}
 def draw(data, step, attempt=0, old=script.draw_batch):
     now.update(step=step, attempt=attempt)
     return old(data, step, attempt)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import common
 import train_lm as lm
-from conftest import ROOT, TINY_LM, log, refused, state
+from conftest import AT_CALL, ROOT, TINY_LM, log, refused, state
 from data import text
 from model_dit import ReLU2
 
@@ -1211,16 +1211,7 @@ def stub(folder, model, *rest):
             "bz2_bits_per_byte xz_bits_per_byte control_bits_per_byte").split()}
 script.report, script.draw_ladder, script.draw_samples = stub, lambda: None, lambda *a: None
 script.preflight = lambda *a, **k: ((), None)
-def at_call(name, number, action, of=script):
-    "Run `action` just before call `number` (from 1) of a function."
-    old, count = getattr(of, name), iter(range(1, 10**9))
-    def new(*a, **k):
-        if next(count) == number:
-            action()
-        return old(*a, **k)
-    setattr(of, name, new)
-kill = lambda number=signal.SIGKILL: lambda: os.kill(os.getpid(), number)
-"""
+""" + AT_CALL
 
 
 @pytest.fixture(scope="module")

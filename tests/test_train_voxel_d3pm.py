@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import common
+import metrics
 import train_voxel_d3pm as vd
-from conftest import fork, log, refused, state
+from conftest import AT_CALL, fork, log, refused, state
 from data import trees, voxel_files
 
 CPU = torch.device("cpu")
@@ -367,7 +368,7 @@ def test_what_is_known_decides_the_rest(use):
 def test_sar_leaves_whole_trees_and_never_lowers_the_score(use):
     model, data = tiny_model(use, SAR_ROUNDS=2)
     def boxed(v):
-        return torch.from_numpy(vd.in_box(v, data.box).astype(np.int64))
+        return vd.to_states(v, data.box)
     whole = boxed(data.test.voxels[:4])
     same, asked = vd.structure_remask(model, whole, range(4), ["oak"] * 4)
     assert torch.equal(same, whole) and asked == 0
@@ -491,7 +492,8 @@ def test_copies_are_seen(use):
     other = vd.nearest_train(trees.trees("oak", 6, 16, 3, cache=None).voxels, memory)
     assert (other >= 0).all() and other.max() > 0
     assert (vd.nearest_train(np.zeros((1, 16, 16, 16), np.uint8), memory) == 1).all()
-    assert vd.rank_z(np.zeros(50), np.ones(50)) < -8 and abs(vd.rank_z(np.ones(50), np.ones(50))) < 1e-9
+    low, high = torch.zeros(50), torch.ones(50)
+    assert metrics.mann_whitney(low, high) < -8 and abs(metrics.mann_whitney(high, high)) < 1e-9
 
 
 def test_grid_bits_of_an_oak(use):
@@ -554,16 +556,7 @@ def stub(folder, *rest):
     torch.rand(1)
     return {"bits": dict(value=1.0, floor=1.0, ceiling=None, better="lower", n=1)}
 script.report, script.summary, script.evaluate = stub, str, lambda *a, **k: (None, None)
-def at_call(name, number, action, of=script):
-    "Run `action` just before call `number` (from 1) of a function."
-    old, count = getattr(of, name), iter(range(1, 10**9))
-    def new(*a, **k):
-        if next(count) == number:
-            action()
-        return old(*a, **k)
-    setattr(of, name, new)
-kill = lambda number=signal.SIGKILL: lambda: os.kill(os.getpid(), number)
-"""
+""" + AT_CALL
 FLAT = IMPORT + """
 import numpy as np
 script.trees.render = lambda v, pixels=160, *a, **k: np.full((pixels, pixels, 3), 200, np.uint8)
