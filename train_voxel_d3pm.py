@@ -4,7 +4,7 @@ Discrete diffusion of block trees (D3PM), in one file: from a prompt to a tree t
     q(x_t = k | x_0) = alpha_bar 1(k = x_0) + (1 - alpha_bar) pi(k)     alpha_bar = 1 - t;  t = 0 is data
         absorbing: pi = 1 at MASK;  uniform: pi = 1/K;  marginal: pi = frequencies   (Austin 2021, appendix A)
     p(k) = p(x_0 = k | x_t)  ~  exp(F(x_t, t, prompt)) prior(k) Z(k),   Z(k) = q(x_t | x_0 = k)
-    L = sum over (masked) voxels of -log p(x_0) / N_ref        or the ELBO, or L_vb + lambda CE (there, eq. 5)
+    L = 1/t sum over (masked) voxels of -log p(x_0) / N_ref: the ELBO; or its t-fold; or L_vb + lambda CE
     p(x_s = k | x_t) = [a 1(k = x_t) + (1-a) pi(x_t)] [alpha_bar_s r(k) + (1-alpha_bar_s) pi(k) sum(r)]
         r = p / Z,  a = alpha_bar_t / alpha_bar_s:  exact for any jump from t to s < t when p is exact
     t_i = cos(pi i / 2N), i = 0 .. N: late steps reveal many voxels, the early and decisive ones few
@@ -73,7 +73,7 @@ BETA2 = 0.99         # of AdamW
 CLIP = 1.0           # gradient norm
 EMA_DECAY = 0.998    # of the weights we sample from; 0.999 to 0.9999 for long runs
 PROCESS = "absorbing"  # "uniform", "marginal": what a block turns into
-LOSS = "ce"          # cross-entropy; "elbo": its weights in time; "hybrid": L_vb + LAMBDA cross-entropy
+LOSS = "elbo"        # "ce": plain cross-entropy, other weights in time; "hybrid": L_vb + LAMBDA cross-entropy
 LAMBDA = 0.01        # LOSS=hybrid: 0.001 for pictures and 0.01 for text in the paper
 VB_STEPS = 1000      # LOSS=hybrid: T of L_vb
 REVERSE = "mixture"  # "plug-in" (D3PM, UDLM): wrong for uniform and marginal after LOSS=ce
@@ -433,8 +433,9 @@ def loss_fn(model, x_0, x_t, t, words, pi, blocks, again=None, plan=None):
     Loss of each tree (B,), in nats a block. x_0, x_t int64 (B, h, w, w), t (B,) = cos(pi u / 2) of uniform u,
     words (B, L), pi (S,), blocks = N_ref; again (B,) bool: who sees a first estimate; plan: as forward.
 
-    ce: -log p(x_0) summed over the voxels; a revealed one costs nothing. That is the ELBO times t, and looks
-    more at high t, where it is decided what tree it will be. elbo, hybrid: with the density of t undone.
+    elbo: rate_gap() with the density of t undone, so that its mean is the ELBO. ce: -log p(x_0) summed over the
+    voxels; that is the ELBO times t, so it looks less at the last blocks, the ones that make a tree whole.
+    hybrid: of VB_STEPS steps (D3PM, eq. 5).
     """
     before = None
     if again is not None:
@@ -849,8 +850,9 @@ def reference(data):
     law = data.counts / data.counts.sum(-1, keepdims=True) * np.ones((*data.box, 1))
     x = to_states(near, data.box)[..., None]
     ce = -torch.from_numpy(np.log(law)).expand(len(x), -1, -1, -1, -1).gather(-1, x).sum((1, 2, 3, 4)).mean()
-    # E t = 2 / pi under the cosine draw
-    ref.start = float(ce) * 2 / math.pi / data.blocks if PROCESS == "absorbing" and LOSS == "ce" else math.nan
+    # of MASK: the ELBO of independent voxels is their entropy, and LOSS=ce has E t = 2 / pi of it
+    weight = {"elbo": 1.0, "ce": 2 / math.pi}.get(LOSS, math.nan) if PROCESS == "absorbing" else math.nan
+    ref.start = float(ce) * weight / data.blocks
     return ref
 
 

@@ -193,8 +193,9 @@ def test_losses_agree_with_the_elbo(use, process):
         assert abs(float(values.mean()) - entropy) < error, (loss, float(values.mean()), entropy)
 
 
-def test_the_default_loss_is_t_times_the_elbo(use):
+def test_cross_entropy_is_t_times_the_elbo(use):
     pi = law(use, "absorbing")
+    use(LOSS="ce")
     x_0 = every_state(3)[JOINT.flatten() > 0]  # 7 of 9
     t = torch.full((7,), 0.4, dtype=torch.float64)
     x_t = torch.where(torch.arange(14).view_as(x_0) % 3 > 0, x_0, 3)
