@@ -433,9 +433,9 @@ def loss_fn(model, x_0, x_t, t, words, pi, blocks, again=None, plan=None):
     Loss of each tree (B,), in nats a block. x_0, x_t int64 (B, h, w, w), t (B,) = cos(pi u / 2) of uniform u,
     words (B, L), pi (S,), blocks = N_ref; again (B,) bool: who sees a first estimate; plan: as forward.
 
-    elbo: rate_gap() with the density of t undone, so that its mean is the ELBO. ce: -log p(x_0) summed over the
-    voxels; that is the ELBO times t, so it looks less at the last blocks, the ones that make a tree whole.
-    hybrid: of VB_STEPS steps (D3PM, eq. 5).
+    elbo: rate_gap() with the density of t undone: its mean is the ELBO. ce: -log p(x_0) summed over the voxels,
+    the ELBO times t; it looks less at the last blocks, which make a tree whole. hybrid: of VB_STEPS steps (D3PM,
+    eq. 5).
     """
     before = None
     if again is not None:
