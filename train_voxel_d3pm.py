@@ -99,7 +99,7 @@ AIR_BIAS = 0.0       # added to air's log-probability when sampling; 0 is what t
 REPAIR = "none"      # sample.py: "remdm" remasks on the way, "sar" remasks what is broken, "rules" deletes it
 REMASK = "loop"      # of ReMDM: "cap", "rescale", "loop"
 ETA = 0.1            # of ReMDM: share of revealed voxels that are hidden again, see sigma_of()
-SAR_ROUNDS = 4       # structure-aware remasking: at most so many rounds
+SAR_ROUNDS = 8       # structure-aware remasking: at most so many rounds
 SAR_STEPS = 16       # and so many steps in each
 SIZE = ""            # sample.py --size: "small", "normal", "large"; it wins over the prompt's word
 INPAINT = ""         # sample.py: a file with blocks to keep: .schem, .schematic, .nbt, .litematic, .vox
@@ -433,9 +433,8 @@ def loss_fn(model, x_0, x_t, t, words, pi, blocks, again=None, plan=None):
     Loss of each tree (B,), in nats a block. x_0, x_t int64 (B, h, w, w), t (B,) = cos(pi u / 2) of uniform u,
     words (B, L), pi (S,), blocks = N_ref; again (B,) bool: who sees a first estimate; plan: as forward.
 
-    elbo: rate_gap() with the density of t undone: its mean is the ELBO. ce: -log p(x_0) summed over the voxels,
-    the ELBO times t; it looks less at the last blocks, which make a tree whole. hybrid: of VB_STEPS steps (D3PM,
-    eq. 5).
+    elbo: rate_gap() with the density of t undone: its mean is the ELBO. ce: -log p(x_0) summed over voxels,
+    the ELBO times t; it looks less at the last blocks, which make a tree whole. hybrid: as in D3PM, eq. 5.
     """
     before = None
     if again is not None:
