@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.gain.to(x.dtype), eps=1e-6)
+        return rms(x) * self.gain.to(x.dtype)
 
 
 def grid_positions(shape, device=None):
@@ -145,8 +145,9 @@ class KVCache:
         self.begin = self.end = 0
         self.k = self.v = None
 
-    def append(self, k, v):
-        """k, v (B, Hk, n, d) of n <= capacity new positions -> all that are kept, the new ones last."""
+    def append(self, k, v, keep=True):
+        """k, v (B, Hk, n, d) of n <= capacity new positions -> all that are kept, the new ones last; with
+        keep=False they are forgotten then."""
         n = k.shape[2]
         if n > self.capacity:
             raise ValueError(f"{n} new positions do not fit a cache of {self.capacity}")
@@ -156,11 +157,12 @@ class KVCache:
             for buffer in (self.k, self.v):
                 buffer[:, :, :self.end - self.begin] = buffer[:, :, self.begin:self.end].clone()
             self.begin, self.end = 0, self.end - self.begin
-        self.k[:, :, self.end:self.end + n], self.v[:, :, self.end:self.end + n] = k, v
-        self.end += n
-        self.seen += n
-        self.begin = max(self.begin, self.end - self.capacity)
-        return self.k[:, :, self.begin:self.end], self.v[:, :, self.begin:self.end]
+        end = self.end + n
+        begin = max(self.begin, end - self.capacity)
+        self.k[:, :, self.end:end], self.v[:, :, self.end:end] = k, v
+        if keep:
+            self.begin, self.end, self.seen = begin, end, self.seen + n
+        return self.k[:, :, begin:end], self.v[:, :, begin:end]
 
 
 # ---------------------------------------------------------------- layers
@@ -278,6 +280,75 @@ class Block(nn.Module):
             h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
             x = x + self.dropout(self.cross(h, context=context, mask=mask))
         return x + gate2 * self.dropout(self.mlp(modulate(x, shift2, scale2)))
+
+
+# ---------------------------------------------------------------- space and time
+class Layer(nn.Module):
+    """Attention and a SwiGLU MLP, each after rms(), each residual; no condition. The norms have no gain: the
+    matrices that follow them hold it."""
+
+    def __init__(self, dim, heads, kv_heads=None, cap=0.0):
+        super().__init__()
+        self.attention = Attention(dim, heads, kv_heads, gain=True, cap=cap)
+        self.mlp = MLP(dim, -(-8 * dim // 24) * 8, "swiglu")  # 8/3 dim, in eights
+
+    def forward(self, x, mask=None):
+        """x (B, N, dim) -> (B, N, dim)."""
+        return self.feed(x + self.attention(rms(x), mask=mask))
+
+    def feed(self, x):
+        return x + self.mlp(rms(x))
+
+
+class SpaceTime(nn.Module):
+    """
+    A causal transformer of T frames of S tokens each, factorised: a space layer lets the tokens of a frame
+    see each other, a time layer lets a token see those in its own place of the last `window` frames, itself
+    among them (Hafner 2025, sec. 3.4). RoPE turns the time layers alone: only distances in time count.
+
+    time_every   every so many layers, the last of them, is a time layer
+    """
+
+    def __init__(self, dim, depth, heads, kv_heads=None, time_every=2, window=24, cap=0.0):
+        super().__init__()
+        self.window, self.time_every, self.head_dim = window, time_every, dim // heads
+        self.layers = nn.ModuleList([Layer(dim, heads, kv_heads, cap) for _ in range(depth)])
+
+    def is_time(self, layer):
+        return (layer + 1) % self.time_every == 0
+
+    def caches(self):
+        """An empty memory for forward(): a KVCache for each time layer."""
+        return [KVCache(self.window) if self.is_time(i) else None for i in range(len(self.layers))]
+
+    def forward(self, x, alone=None, caches=None, keep=True):
+        """
+        x (B, T, S, dim) -> (B, T, S, dim).
+
+        alone    (B,) bool: rows whose frames do not see each other, T pictures
+        caches   caches(), with the frames before; T is 1 then. keep=False: the frame leaves no trace there
+        """
+        B, T, S, _ = x.shape
+        if caches is not None and T != 1:
+            raise ValueError(f"{T} frames at once: with caches, one frame after the other")
+        for i, layer in enumerate(self.layers):
+            if not self.is_time(i):
+                x = layer(x.flatten(0, 1)).unflatten(0, (B, T))  # (B T, S, dim) inside
+            else:
+                h = rms(x).transpose(1, 2).flatten(0, 1)  # (B S, T, dim)
+                q, k, v = layer.attention.qkv(h)
+                if caches is not None:  # kept as they are, turned when read: positions count from the oldest
+                    k, v = caches[i].append(k, v, keep)
+                keys = k.shape[2]
+                turn = rotation(torch.arange(keys, device=x.device), self.head_dim)
+                q, k = rotate(q, *(part[-T:] for part in turn)), rotate(k, *turn)
+                mask = causal_mask(T, keys, self.window, x.device)
+                if alone is not None:
+                    together = ~alone.repeat_interleave(S)[:, None, None, None]
+                    mask = mask & (together | torch.eye(T, dtype=torch.bool, device=x.device))
+                h = layer.attention.merge(attend(q, k, v, mask, cap=layer.attention.cap))
+                x = layer.feed(x + h.unflatten(0, (B, S)).transpose(1, 2))
+        return x
 
 
 # ---------------------------------------------------------------- patches and the network
