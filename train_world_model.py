@@ -26,7 +26,6 @@ Not here: rewards, agents, imagination training, LPIPS (nothing is downloaded), 
 
 import copy
 import hashlib
-import json
 import math
 import os
 import sys
@@ -46,7 +45,7 @@ import common
 from common import (Guard, autocast, batch_order, ema_update, fail, generator_of, guarded_step, lr_at,
                     override, save_artifact, seed_of, start, tile)
 from data import episodes, game
-from metrics import frechet, psnr, ssim
+from metrics import frechet, ssim
 from model_dit import Layer, SpaceTime, rms
 
 # ---------------------------------------------------------------- settings: edit here, or give NAME=value
@@ -210,17 +209,13 @@ def read(part, tokenizer, at, T):
     if part.latents is not None:
         codes = torch.from_numpy(np.stack([part.latents[e][s:s + T] for e, s in at])).float()
         return tokenizer.standard(codes)
-    return tokenizer.encode(torch.from_numpy(np.stack([part.frames[e][s:s + T] for e, s in at])))
+    return tokenizer.encode(pictures(np.stack([part.frames[e][s:s + T] for e, s in at])))
 
 
 # ---------------------------------------------------------------- tokenizers: frames <-> latents
-def padded(frames, size):
-    """uint8 (..., h, w, 3) with the last rows and columns repeated up to size."""
-    h, w = (whole - side for whole, side in zip(size, frames.shape[-3:-1]))
-    if not h and not w:
-        return frames
-    frames = torch.cat([frames, *[frames[..., -1:, :, :]] * h], -3)
-    return torch.cat([frames, *[frames[..., -1:, :]] * w], -2)
+def pictures(frames, device="cpu"):
+    """uint8 (..., h, w, 3) in numpy -> a tensor with sides that the patches divide, (..., H, W, 3)."""
+    return torch.from_numpy(np.array(episodes.padded(frames, PATCH))).to(device)
 
 
 class Balance(nn.Module):
@@ -253,7 +248,7 @@ class Pixels(nn.Module):
 
     def patches(self, frames):
         """uint8 (..., H, W, 3) -> float32 (..., N, c), standardised."""
-        x = (padded(frames, self.size).float() / 127.5 - 1 - self.mean) / self.std
+        x = (frames.float() / 127.5 - 1 - self.mean) / self.std
         return rearrange(x, "... (h p) (w q) c -> ... (h w) (p q c)", p=PATCH, q=PATCH)
 
     def frames(self, patches):
@@ -261,7 +256,7 @@ class Pixels(nn.Module):
         x = rearrange(patches, "... (h w) (p q c) -> ... (h p) (w q) c", p=PATCH, q=PATCH,
                       h=self.size[0] // PATCH)
         x = ((x * self.std + self.mean + 1) / 2).clamp(0, 1)
-        return x[..., :self.crop[0], :self.crop[1], :]
+        return episodes.cropped(x, self.crop)
 
     encode, decode = patches, frames
 
@@ -583,7 +578,7 @@ def chunk_features(frames):
 
 
 def reference(data):
-    """What every report compares with and no training changes: true frames, their latents, the rows that need
+    """What every report compares with and no training changes: true frames, their actions, the rows that need
     no model. ref.rows: name -> uint8 (B, H, h, w, 3)."""
     at = test_windows(data, SAMPLES)
     if len(at) < 4:
@@ -612,7 +607,7 @@ def to_frames(tokenizer, z, batch=16):
 @torch.no_grad()
 def to_latents(tokenizer, frames, device, batch=16):
     """uint8 (B, T, h, w, 3) -> z (B, T, N, c)."""
-    return torch.cat([tokenizer.encode(torch.from_numpy(part).to(device)) for part in
+    return torch.cat([tokenizer.encode(pictures(part, device)) for part in
                       np.array_split(frames, -(-len(frames) // batch))])
 
 
@@ -636,7 +631,7 @@ def loss_table(model, z, actions, shuffle=False):
 
 
 @torch.no_grad()
-def speed(model, tokenizer, frames=60, steps=None):
+def speed(model, tokenizer, frames=60):
     """Seconds (frames,) of each dreamt frame, alone in its batch, pixels and all, after a full window."""
     device, seconds = model.slots.device, []
     caches, g = model.body.caches(), torch.Generator().manual_seed(0)
@@ -644,7 +639,7 @@ def speed(model, tokenizer, frames=60, steps=None):
     shape = 1, tokenizer.tokens, tokenizer.channels
     for t in range(WINDOW + frames):
         clock, eps = time.perf_counter(), torch.randn(2, *shape, generator=g).to(device)
-        z = imagine(model, caches, action, eps[0], steps) if t >= WINDOW else eps[0]
+        z = imagine(model, caches, action, eps[0]) if t >= WINDOW else eps[0]
         remember(model, caches, z, action, eps[1])
         to_frames(tokenizer, z[:, None])
         seconds.append(time.perf_counter() - clock)
@@ -711,6 +706,7 @@ def evaluate(model, tokenizer, data, ref, count):
     far = [h for h in hs if h <= 32]
     turned = dream(future(opposite(actions.cpu(), data.names).to(device)), max(far))
     again = dream(actions, max(far), noise=1)
+
     def apart(a, b, h):
         return float(squared(a[:, h - 1], b[:, h - 1]).mean())
     base = rows["dream"]
@@ -802,8 +798,7 @@ def draw_rollout(folder, arrays, actions):
     save_artifact(folder, "rollout", np.stack(pick), figure)
     for name, array in (("dream", dream), ("truth", truth), ("actions", actions)):
         np.save(folder / f"{name}.npy", array)
-    write_gif(folder / "rollout.gif", np.concatenate([truth[:3], dream[:3], error[:3]], 3)
-              if len(truth) < 3 else side_by_side([truth[:3], dream[:3], error[:3]]))
+    write_gif(folder / "rollout.gif", side_by_side([truth[:3], dream[:3], error[:3]]))
 
 
 def side_by_side(columns):
@@ -898,13 +893,13 @@ def draw_play(folder, model, tokenizer, data, ref):
 
 
 @torch.no_grad()
-def invented(model, tokenizer, seeds, steps=None):
+def invented(model, tokenizer, seeds):
     """First frames (B, 1, N, c) without any past, as image rows are trained."""
     shape = tokenizer.tokens, tokenizer.channels
     eps = torch.stack([torch.randn(shape, generator=generator_of(seed, "first"))
                        for seed in seeds]).to(model.slots)
     null = torch.full((len(seeds),), model.null, device=eps.device)
-    return imagine(model, model.body.caches(), null, eps, steps or K_MAX)[:, None]
+    return imagine(model, model.body.caches(), null, eps, K_MAX)[:, None]
 
 
 @torch.no_grad()
@@ -912,8 +907,7 @@ def draw_tokenizer(folder, tokenizer, ref):
     """tokenizer: frames, what is left when half of the patches are hidden, and what comes back of all and of
     the rest. z_std.npy: spread of each number of z."""
     device = tokenizer.mean.device
-    frames = torch.from_numpy(ref.truth[:8, 0]).to(device)
-    x = tokenizer.patches(frames)
+    x = tokenizer.patches(pictures(ref.truth[:8, 0], device))
     hidden = torch.rand(x.shape[:2], generator=generator_of(0, "hidden")).to(device) < 0.5
     back = [tokenizer.frames(tokenizer.patches_of(tokenizer.codes_of(x, h))) for h in (None, hidden)]
     left = tokenizer.frames(x.masked_fill(hidden[..., None], 0.0))
@@ -1103,12 +1097,12 @@ def train_tokenizer(run, data):
         return tokenizer
     common.load_strictly(tokenizer, common.load_checkpoint(path, run.device)["model"], str(path))
     tokenizer.eval().requires_grad_(False)
+    folder = latents_folder(run, tokenizer)
     if run.rank == 0:
-        write_latents(run, data, tokenizer)
+        write_latents(folder, run.device, data, tokenizer)
     if run.world > 1:
         torch.distributed.barrier()
     for name in ("train", "val", "test"):
-        folder = latents_folder(run, tokenizer)
         getattr(data, name).latents = [np.load(folder / f"{name}_{k}.npy", mmap_mode="r")
                                        for k in range(len(getattr(data, name).frames))]
     return tokenizer
@@ -1118,7 +1112,7 @@ def fit_tokenizer(run, data, tokenizer, path):
     """Train, from where path left off, and write to it."""
     optimizer = torch.optim.AdamW(tokenizer.parameters(), TOK_LR, (0.9, BETA2), weight_decay=WEIGHT_DECAY,
                                   fused=True)
-    guard, balance, step = Guard(), tokenizer.balance, 0
+    guard, step = Guard(), 0
     saved = common.load_checkpoint(path, run.device, missing_ok=True)
     if saved is not None:
         names = [name for name in run.settings if name.startswith("TOK") or name in
@@ -1146,10 +1140,9 @@ def fit_tokenizer(run, data, tokenizer, path):
             group["lr"] = lr_at(step, TOK_STEPS, TOK_LR, WARMUP) * guard.lr_scale
         tokenizer.train()
         with autocast(run.device, PRECISION):
-            frames = torch.from_numpy(frames).to(run.device)
-            loss, edges = tokenizer_losses(tokenizer, frames, hidden.to(run.device))
-        balance((loss, edges), torch.tensor([1.0, EDGES])).backward()
-        norm, _ = guarded_step(optimizer, list(tokenizer.parameters()), guard, float(loss), CLIP)
+            loss, edges = tokenizer_losses(tokenizer, pictures(frames, run.device), hidden.to(run.device))
+        tokenizer.balance((loss, edges), torch.tensor([1.0, EDGES])).backward()
+        guarded_step(optimizer, list(tokenizer.parameters()), guard, float(loss), CLIP)
         step += 1
         losses.append(float(loss))
         bar.update(1)
@@ -1161,7 +1154,7 @@ def fit_tokenizer(run, data, tokenizer, path):
     if step == TOK_STEPS and (tokenizer.code_std == 1).all():
         tokenizer.eval()
         with torch.no_grad():
-            codes = torch.cat([tokenizer.raw_codes(torch.from_numpy(frames[::8]).to(run.device)).flatten(0, 1)
+            codes = torch.cat([tokenizer.raw_codes(pictures(frames[::8], run.device)).flatten(0, 1)
                                for frames in data.train.frames[:256]])
         tokenizer.code_mean.copy_(codes.mean(0))
         tokenizer.code_std.copy_(codes.std(0).clamp(min=1e-3))
@@ -1177,16 +1170,15 @@ def latents_folder(run, tokenizer):
 
 
 @torch.no_grad()
-def write_latents(run, data, tokenizer):
+def write_latents(folder, device, data, tokenizer):
     """codes float16 (T, LATENTS, CODE) of every episode, a file each; those that are there stay."""
-    folder = latents_folder(run, tokenizer)
     folder.mkdir(exist_ok=True)
     todo = [(f"{name}_{k}.npy", frames) for name in ("train", "val", "test")
             for k, frames in enumerate(getattr(data, name).frames)]
     for name, frames in tqdm(todo, desc="latents", disable=None, dynamic_ncols=True):
         if not (folder / name).exists():
-            pieces = [torch.from_numpy(np.array(frames[k:k + 256])) for k in range(0, len(frames), 256)]
-            codes = [tokenizer.raw_codes(piece.to(run.device)).half().cpu() for piece in pieces]
+            codes = [tokenizer.raw_codes(pictures(frames[k:k + 256], device)).half().cpu()
+                     for k in range(0, len(frames), 256)]
             with open(folder / "part.tmp", "wb") as file:
                 np.save(file, torch.cat(codes).numpy())
             os.replace(folder / "part.tmp", folder / name)

@@ -127,12 +127,11 @@ def main():
     default = common.settings(vars(wm))
     for seed in range(arguments.seeds):
         for name, changed in chosen.items():
-            vars(wm).update({**default, "SEED": seed, **changed})
             key = (seed, "as it is" if name in SAME_NETWORK else name)
             if key not in networks:
                 vars(wm).update({**default, "SEED": seed, **ROWS[key[1]]})
                 networks[key] = train(arguments.steps)
-                vars(wm).update({**default, "SEED": seed, **changed})
+            vars(wm).update({**default, "SEED": seed, **changed})
             rows[name].append(measure(networks[key], data, tokenizer, ref))
             print(table({name: rows[name][-1:]}).splitlines()[-1], flush=True)
     vars(wm).update(default)

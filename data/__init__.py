@@ -1,6 +1,7 @@
 """One module for each data set: numpy in, numpy out, and runnable, `python -m data.trees`."""
 import functools
 import sys
+from pathlib import Path
 
 
 def program(main):
@@ -16,3 +17,13 @@ def program(main):
         except KeyboardInterrupt:
             return 130
     return run
+
+
+def written(figure, path):
+    """Write a preview, a matplotlib figure that is closed here. Returns the path."""
+    import matplotlib.pyplot as plt
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, facecolor=figure.get_facecolor())
+    plt.close(figure)
+    return path

@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from data import program
+from data import program, written
 
 LEVELS = ("one room", "ball", "coins", "cloud", "two rooms", "cue")  # what each adds
 ACTIONS = ("noop", "up", "down", "left", "right", "ask")
@@ -546,11 +546,7 @@ def preview(path="runs/preview_game.png", seed=419, columns=9, every=5):
                            fontsize=10, color="#666666")
         row[0].text(-.08, .5, f"L{level}\n+ {LEVELS[level]}" if level else f"L0\n{LEVELS[0]}", ha="right",
                     va="center", transform=row[0].transAxes, fontsize=12, color="#333333")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, facecolor=figure.get_facecolor())
-    plt.close(figure)
-    return path
+    return written(figure, path)
 
 
 USAGE = "usage: python -m data.game [preview [PNG]]"

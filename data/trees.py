@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import program
+from data import program, written
 
 SPECIES = ("oak", "birch", "spruce", "jungle", "acacia", "dark_oak", "cherry")
 AIR, MASK = 0, 15
@@ -1036,11 +1036,7 @@ def preview(path="runs/preview_trees.png", seed=SEEDS["train"]):
                        ha="center", va="top", fontsize=10, color="#666666")
             if j == 0:
                 panel.set_title(kind.replace("_", " "), fontsize=14, color="#333333")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, facecolor=figure.get_facecolor())
-    plt.close(figure)
-    return path
+    return written(figure, path)
 
 
 USAGE = "usage: python -m data.trees [preview [PNG]] | check FILE [SIZE]"
