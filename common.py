@@ -7,6 +7,7 @@ Nothing here knows what a model, a loss, a noise schedule or a data set is.
     save_checkpoint, load_checkpoint, restore atomic, verified, plain types, never over the last good file
     guarded_step, Guard                       clip; skip non-finite and exploding steps; say when to go back
     roll_back                                 what a run does when the guard says that it is lost
+    Muon, Optimizers                          for the matrices inside a network; several behind one step()
     ema_update, lr_at, autocast               averaged weights; warm-up + cosine; bf16 where it pays
     seed_of, generator_of, batch_order        every random draw is a function of its place in the run
     save_artifact, tile, save_metrics         NPY for programs and PNG for people; metrics.json
@@ -506,6 +507,79 @@ def ema_update(ema, model, decay, step):
     buffers = dict(model.named_buffers())
     for k, b in ema.named_buffers():
         b.copy_(buffers[k])
+
+
+def orthogonalise(g, steps=5):
+    """The nearest matrix with all singular values near one, for a stack g (n, rows, columns): five rounds of
+    the quintic Newton-Schulz iteration (Jordan 2024). fp32 where the hardware has no bf16 products."""
+    x = g.to(torch.bfloat16) if torch.is_autocast_enabled(g.device.type) else g
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x - 4.7750 x x' x + 2.0315 (x x')^2 x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan 2024): w <- w (1 - lr wd) - lr sqrt(max(1, rows/columns)) O, where O
+    is the orthogonalised Nesterov momentum. All matrices of one shape in one batched product, in whatever
+    group they are; torch.optim.Muon takes them one by one."""
+
+    def __init__(self, groups, weight_decay, momentum=0.95):
+        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        shapes = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    m = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    shapes.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["momentum"]), group))
+        for (rows, columns), members in shapes.items():
+            updates = orthogonalise(torch.stack([update for _, update, _ in members]))
+            for (p, _, group), update in zip(members, updates):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(update, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+class Optimizers:
+    """Several optimizers, each with its own parameters of a model, behind one step(). Their state goes by
+    the parameters' names, so that a network that has grown inherits what it can."""
+
+    def __init__(self, model, parts):
+        self.names, self.parts = dict(model.named_parameters()), parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {name: dict(part.state[p]) for part in self.parts for name, p in self.names.items()
+                if p in part.state}
+
+    def load_state_dict(self, state):
+        """Parameters without a saved state start afresh; a state of another shape is a ValueError."""
+        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for name in self.names.keys() & state.keys():
+            p = self.names[name]
+            for key, value in state[name].items():
+                if value.ndim and value.shape != p.shape:
+                    raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {tuple(p.shape)}")
+            owner[p].state[p] = {k: v.to(p.device).clone() for k, v in state[name].items()}
 
 
 @dataclass

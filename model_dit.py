@@ -18,6 +18,8 @@ where a query may look at a key.
 Not here: losses, schedules, samplers, text (all in the scripts).
 """
 
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,13 +29,18 @@ from model_unet import Dropout, time_embedding
 
 
 # ---------------------------------------------------------------- norm, positions, masks
+def inverse_rms(x):
+    """(..., 1), with one pass over x."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(1e-6).rsqrt_()
+
+
 class RMS(torch.autograd.Function):
     """rms() on a CPU with its gradient written out: PyTorch puts both together from small steps there, each
     of which goes over the whole tensor."""
 
     @staticmethod
     def forward(ctx, x):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(1e-6).rsqrt_()
+        r = inverse_rms(x)
         y = x * r
         ctx.save_for_backward(y, r)
         return y
@@ -48,16 +55,16 @@ class RMS(torch.autograd.Function):
 def rms(x):
     """x over its root mean square along the last axis; no parameters."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
-        return RMS.apply(x)
+        return RMS.apply(x) if torch.is_grad_enabled() else x * inverse_rms(x)
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class RMSNorm(nn.Module):
     """rms(x) times a learned gain, (..., dim)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, gain=1.0):
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(dim))
+        self.gain = nn.Parameter(torch.full((dim,), gain))
 
     def forward(self, x):
         return rms(x) * self.gain.to(x.dtype)
@@ -173,21 +180,22 @@ class Attention(nn.Module):
 
     kv_heads     fewer than heads: grouped queries
     qk_norm      q <- rms(q), k <- rms(k) before RoPE: bounds |q.k| / sqrt(d) by sqrt(d), whatever the weights
-                 do (Henry 2020). gain: with a learned gain for each of the d dimensions
+                 do (Henry 2020). gain: with a learned gain for each of the d dimensions that begins there;
+                 the bound is gain^2 sqrt(d) then. 0 = none
     cap          soft cap on the scores, see attend()
     """
 
-    def __init__(self, dim, heads, kv_heads=None, qk_norm=True, gain=False, context_dim=0, cap=0.0):
+    def __init__(self, dim, heads, kv_heads=None, qk_norm=True, gain=0.0, context_dim=0, cap=0.0):
         super().__init__()
         kv_heads = kv_heads or heads
         if dim % heads or heads % kv_heads:
             raise ValueError(f"dim {dim} must divide by heads {heads}, and heads by kv_heads {kv_heads}")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
-        self.qk_norm, self.cap = qk_norm or gain, cap
+        self.qk_norm, self.cap = qk_norm or gain > 0, cap
         self.q = nn.Linear(dim, heads * self.head_dim, bias=False)
         self.k = nn.Linear(context_dim or dim, kv_heads * self.head_dim, bias=False)
         self.v = nn.Linear(context_dim or dim, kv_heads * self.head_dim, bias=False)
-        self.q_norm, self.k_norm = (RMSNorm(self.head_dim) if gain else rms for _ in range(2))
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, gain) if gain else rms for _ in range(2))
         self.out = nn.Linear(heads * self.head_dim, dim, bias=False)
 
     def qkv(self, x, turn=None, context=None):
@@ -285,32 +293,93 @@ class Block(nn.Module):
 # ---------------------------------------------------------------- space and time
 class Layer(nn.Module):
     """Attention and a SwiGLU MLP, each after rms(), each residual; no condition. The norms have no gain: the
-    matrices that follow them hold it."""
+    matrices that follow them hold it. Scores may become large from the beginning: heads as narrow as ours
+    could not look at one token alone."""
 
     def __init__(self, dim, heads, kv_heads=None, cap=0.0):
         super().__init__()
-        self.attention = Attention(dim, heads, kv_heads, gain=True, cap=cap)
+        self.attention = Attention(dim, heads, kv_heads, gain=1.8, cap=cap)
         self.mlp = MLP(dim, -(-8 * dim // 24) * 8, "swiglu")  # 8/3 dim, in eights
 
-    def forward(self, x, mask=None):
-        """x (B, N, dim) -> (B, N, dim)."""
-        return self.feed(x + self.attention(rms(x), mask=mask))
+    def forward(self, x, mask=None, turn=None):
+        """x (B, N, dim), turn = rotation() -> (B, N, dim)."""
+        return self.feed(x + self.attention(rms(x), turn, mask=mask))
 
     def feed(self, x):
         return x + self.mlp(rms(x))
+
+
+def near(positions, head_dim):
+    """rotation() for tens of positions, not thousands: two radians from a neighbour to the next, slowest
+    pairs a hundred times slower. With the usual frequencies neighbours look almost alike."""
+    return rotation(2 * positions, head_dim, base=100.0)
+
+
+@functools.lru_cache(8)
+def line(n, head_dim, device):
+    """near() for n frames."""
+    return near(torch.arange(n, device=device), head_dim)
+
+
+class Before(nn.Module):
+    """
+    What stood around each token in the last frames, through a 3x3 convolution for each of them: a causal
+    tubelet embedding (Arnab 2021) whose tubes overlap. Attention could fetch it too, but would have to find
+    these neighbours first. What moves by itself asks for two frames, and for a third when it was hidden.
+
+    grid     rows and columns of the tokens; None: they have no neighbours, only themselves
+    frames   how far back
+    """
+
+    def __init__(self, dim, grid=None, frames=3):
+        super().__init__()
+        self.grid, self.frames = grid, frames
+        self.map = (nn.Linear(dim, frames * dim) if grid is None
+                    else nn.Conv2d(dim, frames * dim, 3, padding=1))
+
+    def forward(self, x, alone=None, memory=None, keep=True):
+        """
+        x (B, T, N, dim) -> what to add to it, (B, T, N, dim), zeros where there is no earlier frame.
+
+        alone    (B,) bool: rows whose frames do not see each other
+        memory   a list, empty at first, with the frames before; T is 1 then. keep=False: no trace of this one
+        """
+        if self.grid is None:
+            y = self.map(x)
+        else:
+            y = x.flatten(0, 1).unflatten(1, self.grid).permute(0, 3, 1, 2)  # (B T, dim, h, w), channels last
+            y = self.map(y).permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, x.shape[:2])
+        parts = y.chunk(self.frames, -1)  # for the next frame, for that after it, and so on
+        before = torch.zeros_like(x)
+        if memory is not None:
+            for k, frame in enumerate(memory):
+                before = before + frame[k]
+            if keep:
+                memory.insert(0, parts)
+                del memory[self.frames:]
+            return before
+        for k, part in enumerate(parts[:x.shape[1] - 1], 1):
+            before = before + F.pad(part[:, :-k], (0, 0, 0, 0, k, 0))
+        return before if alone is None else before.masked_fill(alone[:, None, None, None], 0.0)
 
 
 class SpaceTime(nn.Module):
     """
     A causal transformer of T frames of S tokens each, factorised: a space layer lets the tokens of a frame
     see each other, a time layer lets a token see those in its own place of the last `window` frames, itself
-    among them (Hafner 2025, sec. 3.4). RoPE turns the time layers alone: only distances in time count.
+    among them (Hafner 2025, sec. 3.4). RoPE turns time layers by the frame, and space layers by `places`: only
+    distances count.
 
     time_every   every so many layers, the last of them, is a time layer
+    places       (S, axes) where the tokens of a frame are; None: their layers do not turn
     """
 
-    def __init__(self, dim, depth, heads, kv_heads=None, time_every=2, window=24, cap=0.0):
+    def __init__(self, dim, depth, heads, kv_heads=None, time_every=2, window=24, cap=0.0, places=None):
         super().__init__()
+        self.turn = places is not None
+        if self.turn:
+            for name, part in zip(("cos", "sin"), near(places, dim // heads)):
+                self.register_buffer(name, part, persistent=False)
         self.window, self.time_every, self.head_dim = window, time_every, dim // heads
         self.layers = nn.ModuleList([Layer(dim, heads, kv_heads, cap) for _ in range(depth)])
 
@@ -331,21 +400,23 @@ class SpaceTime(nn.Module):
         B, T, S, _ = x.shape
         if caches is not None and T != 1:
             raise ValueError(f"{T} frames at once: with caches, one frame after the other")
+        turn = (self.cos, self.sin) if self.turn else None
+        mask = None  # what is in the caches is what the window shows
+        if caches is None:
+            mask = causal_mask(T, T, self.window, x.device)
+            if alone is not None:
+                together = ~alone.repeat_interleave(S)[:, None, None, None]
+                mask = mask & (together | torch.eye(T, dtype=torch.bool, device=x.device))
         for i, layer in enumerate(self.layers):
             if not self.is_time(i):
-                x = layer(x.flatten(0, 1)).unflatten(0, (B, T))  # (B T, S, dim) inside
+                x = layer(x.flatten(0, 1), turn=turn).unflatten(0, (B, T))  # (B T, S, dim) inside
             else:
                 h = rms(x).transpose(1, 2).flatten(0, 1)  # (B S, T, dim)
                 q, k, v = layer.attention.qkv(h)
                 if caches is not None:  # kept as they are, turned when read: positions count from the oldest
                     k, v = caches[i].append(k, v, keep)
-                keys = k.shape[2]
-                turn = rotation(torch.arange(keys, device=x.device), self.head_dim)
-                q, k = rotate(q, *(part[-T:] for part in turn)), rotate(k, *turn)
-                mask = causal_mask(T, keys, self.window, x.device)
-                if alone is not None:
-                    together = ~alone.repeat_interleave(S)[:, None, None, None]
-                    mask = mask & (together | torch.eye(T, dtype=torch.bool, device=x.device))
+                past = line(k.shape[2], self.head_dim, x.device)
+                q, k = rotate(q, *(part[-T:] for part in past)), rotate(k, *past)
                 h = layer.attention.merge(attend(q, k, v, mask, cap=layer.attention.cap))
                 x = layer.feed(x + h.unflatten(0, (B, S)).transpose(1, 2))
         return x

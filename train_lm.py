@@ -44,8 +44,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 import common
-from common import (Guard, autocast, ema_update, fail, generator_of, guarded_step, override, save_artifact,
-                    seed_of, start)
+from common import (Guard, Muon, Optimizers, autocast, ema_update, fail, generator_of, guarded_step, override,
+                    save_artifact, seed_of, start)
 from data import text
 from model_dit import MLP, Attention, KVCache, attend, causal_mask, rms, rotation
 
@@ -448,7 +448,7 @@ def build_model(vocabulary, stage=None):
     return LM(vocabulary, stage, hidden)
 
 
-# ---------------------------------------------------------------- method: loss, Muon, K-1
+# ---------------------------------------------------------------- method: loss, optimizer, K-1
 def loss_fn(model, ids):
     """Mean nats a token: ids (B, T + 1), every target once."""
     return model(ids[:, :-1], targets=ids[:, 1:])
@@ -461,93 +461,26 @@ def gram_penalty(mu):
     return (mean @ mean.T - torch.eye(16, device=mean.device)).square().sum()
 
 
-def orthogonalise(g, steps=5):
-    """The nearest matrix with all singular values near one, for a stack g (n, rows, columns): five rounds of
-    the quintic Newton-Schulz iteration (Jordan 2024). fp32 where the hardware has no bf16 products."""
-    x = g.to(torch.bfloat16) if torch.is_autocast_enabled(g.device.type) else g
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        a = x @ x.mT
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x - 4.7750 x x' x + 2.0315 (x x')^2 x
-    return (x.mT if tall else x).to(g.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan 2024): w <- w (1 - lr wd) - lr sqrt(max(1, rows/columns)) O, where O
-    is the orthogonalised Nesterov momentum. All matrices of one shape in one batched product, in whatever
-    group they are; torch.optim.Muon takes them one by one."""
-
-    def __init__(self, groups, weight_decay, momentum=0.95):
-        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        shapes = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if "momentum" not in self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                    m = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    shapes.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["momentum"]), group))
-        for (rows, columns), members in shapes.items():
-            updates = orthogonalise(torch.stack([update for _, update, _ in members]))
-            for (p, _, group), update in zip(members, updates):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
-
-
-class Optimizers:
-    """Muon for the matrices inside, AdamW for embeddings, head and scalars, behind one step(). Groups are the
-    leaves of K-1's tree; each knows its ratio to LR. Its state goes by name, so that a stage inherits it."""
-
-    def __init__(self, model):
-        self.names = dict(model.named_parameters())
-        muon, adam = {}, {}
-        for name, p in self.names.items():
-            leaf = leaf_of(name)
-            matrix = p.ndim == 2 and leaf.startswith("blocks") and not name.endswith("beta")
-            inside = matrix or name == "embed.join.weight"
-            if inside and OPT == "muon":
-                muon.setdefault((leaf, 1.0), []).append(p)
-            else:
-                ratio = (1.0 if inside or OPT == "adamw" else 0.4 if leaf == "head"
-                         else 1.0 if name.startswith("embed") else 0.5)
-                adam.setdefault((leaf, ratio, WEIGHT_DECAY if inside else 0.0), []).append(p)
-        groups = [dict(params=p, leaf=k[0], ratio=k[1], weight_decay=k[2]) for k, p in adam.items()]
-        self.parts = [torch.optim.AdamW(groups, 0.0, (0.8, 0.95), 1e-10, fused=True)]
-        if muon:
-            groups = [dict(params=p, leaf=k[0], ratio=k[1]) for k, p in muon.items()]
-            self.parts.append(Muon(groups, WEIGHT_DECAY))
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none=True):
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return {name: dict(part.state[p]) for part in self.parts for name, p in self.names.items()
-                if p in part.state}
-
-    def load_state_dict(self, state):
-        """Parameters without a saved state start afresh; a state of another shape is a ValueError."""
-        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
-        for name in self.names.keys() & state.keys():
-            p = self.names[name]
-            for key, value in state[name].items():
-                if value.ndim and value.shape != p.shape:
-                    raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {tuple(p.shape)}")
-            owner[p].state[p] = {k: v.to(p.device).clone() for k, v in state[name].items()}
+def build_optimizer(model):
+    """Muon for the matrices inside, AdamW for embeddings, head and scalars. Groups are the leaves of K-1's
+    tree; each knows its ratio to LR."""
+    muon, adam = {}, {}
+    for name, p in model.named_parameters():
+        leaf = leaf_of(name)
+        matrix = p.ndim == 2 and leaf.startswith("blocks") and not name.endswith("beta")
+        inside = matrix or name == "embed.join.weight"
+        if inside and OPT == "muon":
+            muon.setdefault((leaf, 1.0), []).append(p)
+        else:
+            ratio = (1.0 if inside or OPT == "adamw" else 0.4 if leaf == "head"
+                     else 1.0 if name.startswith("embed") else 0.5)
+            adam.setdefault((leaf, ratio, WEIGHT_DECAY if inside else 0.0), []).append(p)
+    groups = [dict(params=p, leaf=k[0], ratio=k[1], weight_decay=k[2]) for k, p in adam.items()]
+    parts = [torch.optim.AdamW(groups, 0.0, (0.8, 0.95), 1e-10, fused=True)]
+    if muon:
+        groups = [dict(params=p, leaf=k[0], ratio=k[1]) for k, p in muon.items()]
+        parts.append(Muon(groups, WEIGHT_DECAY))
+    return Optimizers(model, parts)
 
 
 def leaf_of(name):
@@ -1267,7 +1200,7 @@ def quick_training(batch, steps, vocabulary, width=32, depth=2, heads=2, rate_of
                  GRAPH_RAMP=0.3, K1_DELAY=20, CONTEXT=batch(0).shape[1] - 1,
                  MATCH=min(MATCH, max(0, stage_number()))):
         model = build_model(vocabulary)
-        optimizer, credit, losses = Optimizers(model), Credit(model), []
+        optimizer, credit, losses = build_optimizer(model), Credit(model), []
         for step in range(steps):
             if model.stage >= 3:
                 set_pressure(model, step, steps)
@@ -1524,7 +1457,7 @@ def preflight(model, data, total, fast):
                         data=data, ids=first_windows(data, device), total=total, activations=None)
     if not fast:  # some checks look at a network that has moved a little
         c.trained, c.batch = copy.deepcopy(model).train(), draw_batch(data, 0).to(device)
-        optimizer, c.credit, clock = Optimizers(c.trained), Credit(c.trained), None
+        optimizer, c.credit, clock = build_optimizer(c.trained), Credit(c.trained), None
         for step in range(10):
             if step == 3:
                 clock = time.monotonic()
@@ -1800,7 +1733,7 @@ def train(before=None):
     torch.manual_seed(SEED)
     model = build_model(data.V).to(run.device)
     parent = parent_of() if run.checkpoint is None else None
-    optimizer, credit, guard = Optimizers(model), Credit(model), Guard()
+    optimizer, credit, guard = build_optimizer(model), Credit(model), Guard()
     if parent is not None:
         check_parent(parent, data)
         grow(model, parent["ema"], "INIT_FROM")

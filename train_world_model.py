@@ -42,11 +42,11 @@ from einops import rearrange
 from tqdm import tqdm
 
 import common
-from common import (Guard, autocast, batch_order, ema_update, fail, generator_of, guarded_step, lr_at,
-                    override, save_artifact, seed_of, start, tile)
+from common import (Guard, Muon, Optimizers, autocast, batch_order, ema_update, fail, generator_of,
+                    guarded_step, lr_at, override, save_artifact, seed_of, start, tile)
 from data import episodes, game
 from metrics import frechet, ssim
-from model_dit import Layer, SpaceTime, rms
+from model_dit import Before, Layer, SpaceTime, grid_positions, rms
 
 # ---------------------------------------------------------------- settings: edit here, or give NAME=value
 DATA = "game"        # the drawn game of data/game.py; or recordings, see data/episodes.py
@@ -57,7 +57,7 @@ TEST = 64            # episodes of the game for the numbers; of own data, the la
 ACTION_ALIGN = "into"  # of own data: a[t] led into frame t; "from": it was taken there
 STRIDE = 8           # frames between the beginnings of short training windows
 TOKENIZER = "none"   # patches of pixels; "mae": a masked autoencoder, trained first
-PATCH = 8            # side of a patch in pixels
+PATCH = 4            # side of a patch in pixels
 LATENTS = 32         # mae: latent tokens of a frame
 CODE = 16            # mae: numbers in each, within -1 and 1
 PACK = 2             # mae: latents in a token of the dynamics
@@ -68,7 +68,7 @@ TOK_BATCH = 64       # mae: frames in a batch
 TOK_LR = 1e-3        # mae: peak
 MASK_MOST = 0.9      # mae: up to this share of the patches is hidden
 EDGES = 0.2          # mae: weight of the error of edges beside that of pixels
-DIM = 96             # width of the dynamics
+DIM = 64             # width of the dynamics
 DEPTH = 4            # layers, every TIME_EVERY-th of which looks into the past
 HEADS = 4            # of attention
 KV_HEADS = 2         # of keys and values: grouped queries
@@ -79,26 +79,29 @@ CAP = 0.0            # soft cap of attention scores (the paper's 50), without th
 K_MAX = 16           # smallest step is 1/K_MAX; a power of two
 SHORTCUT = True      # learn larger steps too
 BOOTSTRAP = 0.25     # share of rows that do
-BOOT_FROM = 0.4      # share of the training before they begin
+BOOT_FROM = 0.5      # share of the training before they begin
 EMA_TEACHER = False  # the half steps by the averaged weights
 NOISE = "iid"        # levels of the frames; the lab notes' "same", "context" (0.1, then rising); "pyramid"
+SHIFT = 6.0          # of levels drawn, towards noise: a frame of little noise is read off itself, without a past
 LOSS = "x"           # |z_hat - z|^2; "v": of velocities, which is that over tau^2
 RAMP = "clean"       # weight 1 - 0.9 tau; the lab notes' "noise": 0.1 + 0.9 tau; "none"
-IMAGE = 0.3          # share of rows whose frames are alone: the model can begin without a past
-ROLL = 0.25          # share of the other rows as a rollout sees them: a past of little noise, one new frame
+IMAGE = 0.1          # share of rows whose frames are alone: the model can begin without a past
+ROLL = 0.7           # share of the other rows as a rollout sees them: a past of little noise, single new frames
 TAU_CTX = 0.1        # noise of the past in rollouts, given or dreamt; 0 = clean
 CTX_STATED = True    # tell the network so; False: the smallest level is stated
-ACTION_DROP = 0.1    # share of rows without actions
+ACTION_DROP = 0.05   # share of rows without actions
 SEQ_LEN_SHORT = 16   # frames of most windows
 SEQ_LEN_LONG = 32    # frames of the others; more than WINDOW, so that the window slides
-BATCH_SIZE = 16      # short windows in a forward pass, over all processes
-BATCH_SIZE_LONG = 8  # long ones: as many frames
+BATCH_SIZE = 8       # short windows in a forward pass, over all processes
+BATCH_SIZE_LONG = 4  # long ones: as many frames
 ACCUM = 1            # forward passes in an optimizer step
 LONG_RATIO = 0.1     # share of batches that are long
-EPOCHS = 4           # passes over the short windows
-LR = 1e-3            # peak
+EPOCHS = 3           # passes over the short windows
+LR = 4e-3            # peak, of AdamW: embeddings, head, scalars. OPT=adamw: 2e-3
+OPT = "muon"         # for the matrices inside; or "adamw" for them too
+MUON_LR = 0.03       # peak, of Muon
 WARMUP = 0.05        # share of the optimizer steps
-WEIGHT_DECAY = 0.01  # of AdamW
+WEIGHT_DECAY = 0.01
 BETA2 = 0.99         # of AdamW
 CLIP = 1.0           # gradient norm
 EMA_DECAY = 0.995    # of the weights we sample from
@@ -107,7 +110,7 @@ UPDATE_SCALE = 1.0   # below 1: shorter steps of the sampler, more cautious
 CONTEXT = 16         # true frames before a rollout of a report
 HORIZON = 64         # dreamt frames of a report
 SAMPLES = 64         # rollouts of a report
-EVAL_EVERY = 4       # epochs between reports
+EVAL_EVERY = 3       # epochs between reports
 KEEP_EVERY = 0       # also keep epoch_NNNN.pt every so many epochs, a multiple of EVAL_EVERY; 0 = never
 SAVE_SECONDS = 60.0  # between saves of last.pt
 PRECISION = "auto"   # "bf16", "fp32"; auto = bf16 where the hardware multiplies it
@@ -199,7 +202,7 @@ def draw_batch(data, tokenizer, step, total, attempt=0):
     actions[alone | (torch.rand(B, generator=g) < ACTION_DROP)] = -1
     boot = spread(B, BOOTSTRAP if SHORTCUT and step >= BOOT_FROM * total else 0.0)
     i, e = draw_levels(boot, T, g)
-    i, e = as_rollout(i, e, ~alone & (torch.rand(B, generator=g) < ROLL))
+    i, e = as_rollout(i, e, ~alone & (torch.rand(B, generator=g) < ROLL), g)
     return dict(z=z, eps=torch.randn(z.shape, generator=g), i=i, e=e, alone=alone,
                 actions=torch.where(actions < 0, len(data.names), actions))
 
@@ -242,7 +245,8 @@ class Pixels(nn.Module):
     def __init__(self, data):
         super().__init__()
         self.crop, self.size = data.crop, data.size
-        self.tokens, self.channels = data.size[0] * data.size[1] // PATCH**2, 3 * PATCH**2
+        self.grid = tuple(side // PATCH for side in data.size)  # where the tokens are; None: nowhere
+        self.tokens, self.channels = math.prod(self.grid), 3 * PATCH**2
         self.register_buffer("mean", torch.as_tensor(data.mean).float())
         self.register_buffer("std", torch.as_tensor(data.std).float())
 
@@ -271,7 +275,7 @@ class MAE(Pixels):
     def __init__(self, data):
         super().__init__(data)
         pixels, self.pixels = self.channels, self.tokens
-        self.tokens, self.channels = LATENTS // PACK, CODE * PACK
+        self.grid, self.tokens, self.channels = None, LATENTS // PACK, CODE * PACK
         self.embed, self.hidden = nn.Linear(pixels, TOK_DIM), nn.Parameter(torch.zeros(TOK_DIM))
         self.places, self.queries, self.latents, self.codes = (
             nn.Parameter(0.02 * torch.randn(n, TOK_DIM))
@@ -345,32 +349,45 @@ class Dynamics(nn.Module):
 
     tokens, channels   N and c of a frame
     actions            how many there are; the table has one more row, null
+    grid               rows and columns of the tokens, None where they have no place
     """
 
-    def __init__(self, tokens, channels, actions):
+    def __init__(self, tokens, channels, actions, grid=None):
         super().__init__()
         self.null = actions
         self.action = nn.Embedding(actions + 1, DIM)
         self.level = nn.Embedding(K_MAX, DIM // 2)  # tau = (row + 1) / K_MAX
         self.step = nn.Embedding(K_MAX.bit_length(), DIM // 2)  # d = 2^row / K_MAX
         self.embed = nn.Linear(channels, DIM)
+        self.told = nn.Linear(2 * DIM, DIM, bias=False)  # every token knows the action and the noise too
         self.slots = nn.Parameter(0.02 * torch.randn(tokens, DIM))
         self.registers = nn.Parameter(0.02 * torch.randn(REGISTERS, DIM))
-        self.body = SpaceTime(DIM, DEPTH, HEADS, KV_HEADS, TIME_EVERY, WINDOW, CAP)
+        self.before = Before(DIM, grid)
+        # action, noise and registers stand in the corner
+        places = None if grid is None else F.pad(grid_positions(grid) + 1, (0, 0, 2, REGISTERS))
+        self.body = SpaceTime(DIM, DEPTH, HEADS, KV_HEADS, TIME_EVERY, WINDOW, CAP, places)
         self.head = nn.Linear(DIM, channels)
         self.balance = Balance(2)  # the smallest step, larger ones
+
+    def caches(self):
+        """An empty memory for forward()."""
+        return self.body.caches(), []
 
     def forward(self, z, i, actions, e=None, alone=None, caches=None, keep=True):
         """
         z (B, T, N, c) noisy; i (B, T) int64, tau = i / K_MAX, never 0; actions (B, T) int64; e (B, T) int64,
-        d = 2^e / K_MAX, the smallest where None; alone, caches, keep: as SpaceTime. Returns (B, T, N, c).
+        d = 2^e / K_MAX, the smallest where None; alone (B,) bool: frames do not see each other; caches: with
+        the frames before, T is 1 then; keep=False: this one leaves no trace there. Returns (B, T, N, c).
         """
         e = torch.zeros_like(i) if e is None else e
         about = torch.cat([self.level(i - 1), self.step(e)], -1)  # (B, T, DIM)
         more = self.registers.expand(*i.shape, -1, -1)
-        x = self.embed(z) + self.slots
-        x = torch.cat([self.action(actions)[:, :, None], about[:, :, None], x, more], 2)
-        x = self.body(x, alone, caches, keep)  # (B, T, S, DIM)
+        action, about = self.action(actions)[:, :, None], about[:, :, None]
+        x = self.embed(z) + self.slots + self.told(torch.cat([action, about], -1))
+        past, memory = (None, None) if caches is None else caches
+        x = x + self.before(x, alone, memory, keep)
+        x = torch.cat([action, about, x, more], 2)
+        x = self.body(x, alone, past, keep)  # (B, T, S, DIM)
         return self.head(rms(x[:, :, 2:2 + z.shape[2]])).float()
 
 
@@ -383,6 +400,8 @@ def draw_levels(boot, T, g):
     B = len(boot)
     e = torch.randint(K_MAX.bit_length(), (B, T), generator=g) * boot[:, None]
     u = torch.rand(B, T, generator=g)
+    if NOISE in ("iid", "same"):
+        u = (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp(max=1 - 1e-6)
     if NOISE == "same":
         u = u[:, :1].expand(B, T)
     elif NOISE == "pyramid":  # later frames have more noise, as in a sampler that does many frames at once
@@ -393,10 +412,13 @@ def draw_levels(boot, T, g):
     return (u * (K_MAX >> e)).long() * 2**e + 2**e, e
 
 
-def as_rollout(i, e, rows):
-    """The same levels, but where rows (B,) is true all frames except the last have little noise and the
-    smallest step, as the past in a rollout."""
-    past = rows[:, None] & (torch.arange(i.shape[1]) < i.shape[1] - 1)
+def as_rollout(i, e, rows, g):
+    """The same levels, but where rows (B,) is true most frames have little noise and the smallest step, as
+    the past in a rollout. Two new frames never follow each other: each is to be told by the one before."""
+    new = (torch.rand(i.shape, generator=g) < 0.7) & (torch.arange(i.shape[1]) > 0)
+    for t in range(1, i.shape[1]):
+        new[:, t] &= ~new[:, t - 1]
+    past = rows[:, None] & ~new
     return torch.where(past, (i - 1) % context_level() + 1, i), torch.where(past, 0, e)
 
 
@@ -452,10 +474,10 @@ def loss_fn(model, teacher, z, eps, i, e, actions, alone):
 
 
 # ---------------------------------------------------------------- sampling
-def imagine(model, caches, action, eps, steps=None, path=None):
+def imagine(model, caches, action, eps, steps=None):
     """
     THE sampler: the next frame z (B, N, c) from noise eps, K = steps calls of the network, no new noise then.
-    caches: the past, see SpaceTime.caches(); action (B,) int64. It leaves no trace; remember() does.
+    caches: the past, see Dynamics.caches(); action (B,) int64. It leaves no trace; remember() does.
     """
     K, z = steps or STEPS, eps
     e = (K_MAX // K).bit_length() - 1 if SHORTCUT else 0
@@ -463,8 +485,6 @@ def imagine(model, caches, action, eps, steps=None, path=None):
         i = torch.full_like(action, round(k * K_MAX / K))[:, None]
         z_hat = model(z[:, None], i, action[:, None], torch.full_like(i, e), caches=caches, keep=False)[:, 0]
         z = z + UPDATE_SCALE / k * (z_hat - z)
-        if path is not None:
-            path.append(z)
     return z
 
 
@@ -482,7 +502,7 @@ def rollout(model, z, actions, seeds, steps=None, truth=None):
     its noise depends on nothing else. truth (B, H, N, c): what joins the past instead of the dream (teacher
     forcing: one step at a time).
     """
-    caches, dreams = model.body.caches(), []
+    caches, dreams = model.caches(), []
     generators = [generator_of(seed, "dream") for seed in seeds]
 
     def noise():
@@ -634,7 +654,7 @@ def loss_table(model, z, actions, shuffle=False):
 def speed(model, tokenizer, frames=60):
     """Seconds (frames,) of each dreamt frame, alone in its batch, pixels and all, after a full window."""
     device, seconds = model.slots.device, []
-    caches, g = model.body.caches(), torch.Generator().manual_seed(0)
+    caches, g = model.caches(), torch.Generator().manual_seed(0)
     action = torch.zeros(1, dtype=torch.int64, device=device)
     shape = 1, tokenizer.tokens, tokenizer.channels
     for t in range(WINDOW + frames):
@@ -696,12 +716,12 @@ def evaluate(model, tokenizer, data, ref, count):
         sweep[K] = quality(truth[:some, :short], dream(actions, short, n=some, steps=K), last[:some])
     h = min(8, short) - 1
     blurred = blur(truth[:some, :short])
-    add("sharpness", sweep[STEPS]["sharpness"][h], "higher" if sweep[STEPS]["sharpness"][h] < 1 else "lower",
+    add("sharpness", sweep[STEPS]["sharpness"][h], "near ceiling",
         quality(truth[:some, :short], blurred, last[:some])["sharpness"][h], 1.0, some)
     add("psnr_most_steps_h8", sweep[max(sweep)]["psnr"][h], "higher", copy_last["psnr"][h], n=some)
     add("psnr_few_steps_h8", sweep[STEPS]["psnr"][h], "higher", copy_last["psnr"][h], n=some)
     add("latent_std_ratio", float(to_latents(tokenizer, rows["dream"], device).std() / z[:, CONTEXT:].std()),
-        None, None, 1.0)
+        "near ceiling", None, 1.0)
 
     far = [h for h in hs if h <= 32]
     turned = dream(future(opposite(actions.cpu(), data.names).to(device)), max(far))
@@ -832,7 +852,7 @@ def horizon_axes(ax, arrays, metrics):
     if h <= HORIZON:
         ax.axvline(h, color="C3", lw=1, ls=":")
     ax.set(xscale="log", xlabel="frames after the last true one", ylabel="PSNR in dB",
-           ylim=(10, min(62, max(40, arrays.table["dream"]["psnr"].max() + 4))))
+           ylim=(10, 62))
     ax.set_xticks(upto(), [str(h) for h in upto()])
     ax.legend(fontsize=7)
 
@@ -899,7 +919,7 @@ def invented(model, tokenizer, seeds):
     eps = torch.stack([torch.randn(shape, generator=generator_of(seed, "first"))
                        for seed in seeds]).to(model.slots)
     null = torch.full((len(seeds),), model.null, device=eps.device)
-    return imagine(model, model.body.caches(), null, eps, K_MAX)[:, None]
+    return imagine(model, model.caches(), null, eps, K_MAX)[:, None]
 
 
 @torch.no_grad()
@@ -977,8 +997,8 @@ def draw_report(folder, arrays, metrics, epoch):
                  "sharpness delta_psnr shuffle_loss_ratio frechet fps fps_p95_ms").split():
         if name in metrics and metrics[name]["value"] is not None:
             m = metrics[name]
-            beside = [f"{k} {m[k]:.2f}" for k in ("floor", "ceiling") if m[k] is not None]
-            lines.append(f"{name:20s}{m['value']:9.2f}   {', '.join(beside)}")
+            beside = [f"{k} {m[k]:.3g}" for k in ("floor", "ceiling") if m[k] is not None]
+            lines.append(f"{name:20s}{m['value']:9.3g}   {', '.join(beside)}")
     ax.text(0, 1, "\n".join(lines), family="monospace", fontsize=8.5, va="top")
     save_artifact(folder, "report", np.stack([q["psnr"] for q in arrays.table.values()]), figure)
 
@@ -1024,13 +1044,13 @@ def report(folder, model, tokenizer, data, ref, step, log=None, board=None):
 # ---------------------------------------------------------------- training
 def check_settings(world=1):
     """One line for a value that cannot work, before anything is written."""
-    choices = dict(ACTION_ALIGN=("into", "from"), TOKENIZER=("none", "mae"), LOSS=("x", "v"),
+    choices = dict(ACTION_ALIGN=("into", "from"), TOKENIZER=("none", "mae"), LOSS=("x", "v"), OPT=("muon", "adamw"),
                    NOISE=("iid", "same", "context", "pyramid"), RAMP=("clean", "none", "noise"),
                    PRECISION=("auto", "bf16", "fp32"))
     for name, allowed in choices.items():
         if globals()[name] not in allowed:
             fail(f"{name}={globals()[name]!r}: one of {', '.join(allowed)}")
-    for name in ("EPOCHS BATCH_SIZE BATCH_SIZE_LONG ACCUM LR TOK_LR STRIDE PATCH LATENTS CODE PACK TOK_DIM "
+    for name in ("EPOCHS BATCH_SIZE BATCH_SIZE_LONG ACCUM LR MUON_LR SHIFT TOK_LR STRIDE PATCH LATENTS CODE PACK TOK_DIM "
                  "TOK_DEPTH TOK_STEPS TOK_BATCH DIM DEPTH HEADS KV_HEADS TIME_EVERY K_MAX STEPS EVAL_EVERY "
                  "CLIP").split():
         if globals()[name] <= 0:
@@ -1078,7 +1098,19 @@ def build_tokenizer(data):
 
 
 def build_model(data, tokenizer):
-    return Dynamics(tokenizer.tokens, tokenizer.channels, len(data.names))
+    return Dynamics(tokenizer.tokens, tokenizer.channels, len(data.names), tokenizer.grid)
+
+
+def build_optimizer(model):
+    """Muon for the matrices of the layers, AdamW for all others; a group knows its ratio to LR."""
+    names = dict(model.named_parameters())
+    inside = [p for name, p in names.items() if OPT == "muon" and name.startswith("body.layers") and p.ndim == 2]
+    chosen = {id(p) for p in inside}
+    rest = dict(params=[p for p in names.values() if id(p) not in chosen], ratio=1.0)
+    parts = [torch.optim.AdamW([rest], 0.0, (0.9, BETA2), weight_decay=WEIGHT_DECAY, fused=True)]
+    if inside:
+        parts.append(Muon([dict(params=inside, ratio=MUON_LR / LR)], WEIGHT_DECAY))
+    return Optimizers(model, parts)
 
 
 def train_tokenizer(run, data):
@@ -1191,7 +1223,7 @@ def train_step(handle, model, ema, optimizer, guard, data, tokenizer, step, tota
     model.train()
     lr = lr_at(step, total, LR, WARMUP) * guard.lr_scale
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["ratio"]
     loss = torch.zeros((), device=run.device)
     for k in range(ACCUM):
         # each process takes its share of each part
@@ -1291,7 +1323,7 @@ class Dream:
     def reset(self, seed, start="test"):
         """Begin anew: after CONTEXT true frames of a test episode, or ("invented") from a frame of nothing.
         Returns the frame."""
-        self.caches, self.world, self.real, self.played = self.model.body.caches(), None, None, []
+        self.caches, self.world, self.real, self.played = self.model.caches(), None, None, []
         self.noise(seed)
         if start == "invented":
             with torch.no_grad():
@@ -1447,8 +1479,7 @@ def main():
     torch.manual_seed(SEED)
     model = build_model(data, tokenizer).to(run.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, BETA2), weight_decay=WEIGHT_DECAY, fused=True)
-    guard = Guard()
+    optimizer, guard = build_optimizer(model), Guard()
     at = SimpleNamespace(step=0, reported=0, best=-math.inf, seconds=0.0)  # where the run is
     per_epoch = sum(batches(data))
     total = EPOCHS * per_epoch

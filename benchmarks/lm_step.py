@@ -160,7 +160,7 @@ def our_step(args, bf16, settings):
     data = SimpleNamespace(train=np.random.default_rng(0).integers(args.vocabulary, size=100_000))
     model = our_model(args.vocabulary)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer, credit, guard = train_lm.Optimizers(model), train_lm.Credit(model), common.Guard()
+    optimizer, credit, guard = train_lm.build_optimizer(model), train_lm.Credit(model), common.Guard()
     run = SimpleNamespace(device=device, rank=0, world=1)
 
     def loss_of(count):

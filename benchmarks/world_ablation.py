@@ -5,17 +5,21 @@ What makes the dreams of train_world_model.py hold: each choice of the method ta
     48 rollouts of 32 frames from 16 true ones, four calls of the network a frame. The rows are what the lab
     notes did or asked, and what the paper (Hafner 2025) credits.
 
-    python benchmarks/world_ablation.py                         every row: an hour on one core
-    python benchmarks/world_ablation.py --steps 300 --only "as it is,noise" --seeds 1
+    python benchmarks/world_ablation.py
+    python benchmarks/world_ablation.py --steps 300 --only "as it is,noise" --seeds 0 --out runs/quick
+
+What a row and a seed gave is kept in OUT, so the same command goes on where it was stopped, and two with
+other --seeds can share the work. Delete OUT to begin anew.
 
 Columns, means over the seeds +- their standard deviation: PSNR of frames 1 and 8 beside that of copying the
 last true frame (the line above the table), of the pixels that changed, share of frames whose agent obeys,
 of balls found at frame 8, and sharpness (variance of the Laplacian, 1 = as the truth). Writes table.md,
-table.npy (rows, seeds, numbers) and table.png.
+table.npy (rows, seeds, numbers) and table.png when all of its rows and seeds are there.
 """
 
 import argparse
 import copy
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +33,7 @@ import common
 import train_world_model as wm
 from data import game
 
-SMALL = dict(DIM=64, TRAIN=256, TEST=48, HORIZON=32, SAMPLES=48, LR=2e-3)
+SMALL = dict(DIM=48, TRAIN=256, TEST=48, HORIZON=32, SAMPLES=48)
 ROWS = {
     "as it is": {},
     "same noise for all frames (notes, first)": dict(NOISE="same", ROLL=0.0),
@@ -56,8 +60,7 @@ def train(steps):
     model = wm.build_model(data, tokenizer)
     ema, guard = copy.deepcopy(model).eval().requires_grad_(False), common.Guard()
     run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    optimizer = torch.optim.AdamW(model.parameters(), wm.LR, (0.9, wm.BETA2), weight_decay=wm.WEIGHT_DECAY,
-                                  fused=True)
+    optimizer = wm.build_optimizer(model)
     for step in range(steps):
         wm.train_step(model, model, ema, optimizer, guard, data, tokenizer, step, steps, run)
     return ema
@@ -103,8 +106,8 @@ def drawn(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=700, help="of every row")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=600, help="of every row")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--only", default="", help="beginnings of rows' names, comma-separated")
     parser.add_argument("--out", type=Path, default=Path("runs/world_ablation"))
     parser.add_argument("--threads", type=int, default=1)
@@ -118,27 +121,40 @@ def main():
     chosen = {name: changed for name, changed in ROWS.items() if name.startswith(wanted)}
     if not chosen:
         parser.error(f"--only {arguments.only!r}: no row begins so; there are {', '.join(ROWS)}")
-    rows, networks = {name: [] for name in chosen}, {}
+    default, seeds = common.settings(vars(wm)), [int(part) for part in arguments.seeds.split(",")]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    same_work(arguments.out / "work.json", dict(default, steps=arguments.steps))
     data = wm.load_data()
     tokenizer, ref = wm.build_tokenizer(data).eval(), wm.reference(data)
     still = wm.quality(ref.truth, ref.rows["copy the last frame"], ref.last)
     print(f"copying the last frame: PSNR {still['psnr'][0]:.1f} (h=1), {still['psnr'][7]:.1f} (h=8), changed "
           f"{still['changed'][7]:.1f}", flush=True)
-    default = common.settings(vars(wm))
-    for seed in range(arguments.seeds):
+
+    def path(name, seed):
+        return arguments.out / f"row_{list(ROWS).index(name):02d}_seed_{seed}.npy"
+    for seed in seeds:
+        networks = {}
         for name, changed in chosen.items():
-            key = (seed, "as it is" if name in SAME_NETWORK else name)
-            if key not in networks:
-                vars(wm).update({**default, "SEED": seed, **ROWS[key[1]]})
-                networks[key] = train(arguments.steps)
-            vars(wm).update({**default, "SEED": seed, **changed})
-            rows[name].append(measure(networks[key], data, tokenizer, ref))
-            print(table({name: rows[name][-1:]}).splitlines()[-1], flush=True)
-    vars(wm).update(default)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+            if not path(name, seed).exists():
+                key = "as it is" if name in SAME_NETWORK else name
+                if key not in networks:
+                    vars(wm).update({**default, "SEED": seed, **ROWS[key]})
+                    networks[key] = train(arguments.steps)
+                vars(wm).update({**default, "SEED": seed, **changed})
+                np.save(path(name, seed), measure(networks[key], data, tokenizer, ref))
+            print(f"seed {seed} " + table({name: [np.load(path(name, seed))]}).splitlines()[-1], flush=True)
+    rows = {name: [np.load(path(name, seed)) for seed in seeds] for name in chosen}
     (arguments.out / "table.md").write_text(table(rows) + "\n")
     common.save_artifact(arguments.out, "table", np.array(list(rows.values())), drawn(rows))
     print(table(rows))
+
+
+def same_work(path, work):
+    """Rows of other settings must not meet in one table."""
+    work = json.loads(json.dumps(work))
+    if path.exists() and json.loads(path.read_text()) != work:
+        common.fail(f"{path.parent} holds rows of other settings: give another --out, or delete it")
+    path.write_text(json.dumps(work))
 
 
 if __name__ == "__main__":

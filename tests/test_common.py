@@ -549,6 +549,66 @@ def test_rollback_leaves_a_broken_state(tmp_path, monkeypatch):
     end(run)
 
 
+# ---------------------------------------------------------------- Muon
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_orthogonalise_brings_singular_values_near_one():
+    for shape in ((512, 128), (128, 512), (64, 64)):
+        for seed in range(3):
+            g = randn(*shape, seed=seed) * (1e-4 if seed else 1.0)
+            s = torch.linalg.svdvals(common.orthogonalise(g[None])[0])
+            low = 0.6 if shape[0] != shape[1] else 0.0  # a square Gaussian matrix has singular values near 0
+            assert low <= float(s.min()) and float(s.max()) <= 1.2, (shape, s.min(), s.max())
+            u, _, v = torch.linalg.svd(g, full_matrices=False)
+            assert float((common.orthogonalise(g[None])[0] * (u @ v)).sum() / min(shape)) > 0.8
+    assert not common.orthogonalise(torch.zeros(2, 4, 4)).any()
+
+
+def walk(optimizer, shapes, steps=6):
+    """Parameters after some steps on the same drawn gradients."""
+    params = [torch.nn.Parameter(randn(*s, seed=i)) for i, s in enumerate(shapes)]
+    opt = optimizer(params)
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = randn(*p.shape, seed=100 * step + i)
+        opt.step()
+    return [p.detach() for p in params]
+
+
+SHAPES = ((96, 32), (32, 96), (96, 32), (48, 48), (96, 32))
+
+
+def test_muon_is_torchs():
+    start = [randn(*s, seed=i) for i, s in enumerate(SHAPES)]
+    ours = walk(lambda ps: common.Muon([dict(params=ps, lr=0.02)], 0.1), SHAPES)
+    theirs = walk(lambda ps: torch.optim.Muon(ps, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True), SHAPES)
+    for a, b, c in zip(start, ours, theirs):
+        assert float((b - c).norm() / (c - a).norm()) < 0.03  # theirs rounds to bf16
+        assert float((b - a).norm()) > 0.1
+    wrong = walk(lambda ps: common.Muon([dict(params=ps, lr=0.02)], 0.1, momentum=0.5), SHAPES)
+    assert max(float((b - c).norm() / (c - a).norm()) for a, b, c in zip(start, wrong, theirs)) > 0.1
+
+
+def test_muon_batched_is_muon_one_by_one():
+    """Matrices of a shape go through one product; every group keeps its own learning rate."""
+    rates = (0.02, 0.01, 0.005, 0.02, 0.04)
+    together = walk(lambda ps: common.Muon([dict(params=[p], lr=r) for p, r in zip(ps, rates)], 0.1), SHAPES)
+
+    class Alone:
+        def __init__(self, ps):
+            self.each = [common.Muon([dict(params=[p], lr=r)], 0.1) for p, r in zip(ps, rates)]
+
+        def step(self):
+            for opt in self.each:
+                opt.step()
+    for a, b in zip(together, walk(Alone, SHAPES)):
+        assert (a - b).abs().max() < 1e-5
+    mixed = walk(lambda ps: common.Muon([dict(params=ps, lr=0.02)], 0.1), SHAPES)
+    assert (mixed[2] - together[2]).abs().max() > 1e-3
+
+
 # ---------------------------------------------------------------- logs
 def test_log(tmp_path):
     """Fault 19: rows after the checkpoint, half lines, what a power cut leaves: gone; the rest stays."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model_dit
-from model_dit import (MLP, SIZES, Attention, Block, DiT, KVCache, RMSNorm, attend, causal_mask,
+from model_dit import (MLP, SIZES, Attention, Before, Block, DiT, KVCache, RMSNorm, attend, causal_mask,
                        grid_positions, patchify, rms, rotate, rotation, sincos, unpatchify)
 
 CONFIGS = {  # odd sides and patches that differ by axis among them
@@ -235,7 +235,8 @@ def test_qk_norm_bounds_the_scores():
 
 
 def test_gain_comes_after_the_norm_and_before_rope():
-    layer, x = shake(Attention(16, 2, gain=True)).double(), normal(2, 5, 16)
+    layer, x = shake(Attention(16, 2, gain=1.8)).double(), normal(2, 5, 16)
+    assert (Attention(16, 2, gain=1.8).k_norm.gain == 1.8).all()
     turn = rotation(torch.arange(5), 8)
     for got, weight, norm in zip(layer.qkv(x, turn), (layer.q, layer.k), (layer.q_norm, layer.k_norm)):
         heads = (x @ weight.weight.T).view(2, 5, 2, 8).transpose(1, 2)
@@ -615,3 +616,32 @@ def test_sizes_have_the_parameters_of_the_paper(name, millions):
     assert total == (depth * (18 * dim**2 + 11 * dim)  # 6 modulation, 4 attention, 8 MLP; their 6 + 5 biases
                      + (256 + 1 + dim + 1) * dim + 1001 * dim  # time, labels
                      + (16 + 1) * dim + 2 * dim**2 + 2 * dim + (dim + 1) * 32)  # embedding, final layer
+
+
+# ---------------------------------------------------------------- space and time
+@pytest.mark.parametrize("grid", [(3, 4), None])
+def test_before_knows_its_frames_and_the_eight_neighbours(grid):
+    layer, x = shake(Before(6, grid, 2)).double(), normal(2, 5, 12, 6)
+    alone = torch.zeros(2, dtype=torch.bool)
+    base = layer(x, alone)
+    assert torch.equal(base, layer(x)) and not base[:, 0].any() and base[:, 1].any()
+    other = x.clone()
+    other[:, 1, 5] += 1  # frame 1, row 1, column 1
+    changed = (layer(other) - base).abs().amax((0, 3)) > 0  # (T, N)
+    near = {0, 1, 2, 4, 5, 6, 8, 9, 10} if grid else {5}
+    for t in range(5):
+        assert set(changed[t].nonzero().flatten().tolist()) == (near if t in (2, 3) else set()), t
+    assert not layer(x, ~alone).any()
+    assert torch.equal(layer(x, torch.tensor([True, False]))[1], base[1])
+    assert torch.equal(layer(x[:, :1]), base[:, :1])
+
+
+@pytest.mark.parametrize("grid", [(3, 4), None])
+def test_before_remembers_as_it_reads(grid):
+    layer, x, memory = shake(Before(6, grid, 2)).double(), normal(2, 5, 12, 6), []
+    whole = layer(x)
+    for t in range(5):
+        trial = layer(x[:, t:t + 1], memory=memory, keep=False)  # leaves no trace
+        kept = layer(x[:, t:t + 1], memory=memory)
+        assert torch.equal(trial, kept) and len(memory) == min(2, t + 1)
+        torch.testing.assert_close(kept[:, 0], whole[:, t], rtol=0, atol=1e-12)

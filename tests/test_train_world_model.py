@@ -31,7 +31,7 @@ def use(monkeypatch, tmp_path):
 def dynamics(seed=0, tokens=3, channels=5, actions=4, dtype=torch.float64):
     """A network that does something: every weight random."""
     torch.manual_seed(seed)
-    model = wm.Dynamics(tokens, channels, actions).to(dtype).eval()
+    model = wm.Dynamics(tokens, channels, actions, (1, tokens)).to(dtype).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
@@ -192,8 +192,10 @@ def test_every_frame_has_its_own_noise(use):
         i, e = wm.draw_levels(torch.zeros(20_000, dtype=torch.bool), 8, torch.Generator().manual_seed(0))
         assert (e == 0).all()
         return float(torch.corrcoef(torch.stack([i[:, 3], i[:, 4]]).double())[0, 1]), float((i / 64).mean())
-    r, mean = correlation()
-    assert abs(r) < 0.03 and abs(mean - 0.5078) < 0.005
+    for shift, expected in ((1.0, 0.5), (6.0, 6 / 5 * (1 - math.log(6) / 5))):  # means of u, 6 u / (1 + 5 u)
+        use(SHIFT=shift)
+        r, mean = correlation()
+        assert abs(r) < 0.03 and abs(mean - expected - 0.5 / 64) < 0.005
     use(NOISE="same")
     assert correlation()[0] > 0.99
     use(NOISE="context")  # the notes' mend: the past clean, the rest of it rising
@@ -235,12 +237,12 @@ def test_frames_of_image_rows_are_alone(use):
 
 
 def test_the_window_ends(use):
-    use(DEPTH=2, TIME_EVERY=2)  # one time layer
+    use(DEPTH=2, TIME_EVERY=2, WINDOW=4)  # one time layer
     model, (z, i, actions) = dynamics(), batch()
     before, z2 = model(z, i, actions), z.clone()
-    z2[:, 1] += 1
+    z2[:, 0] += 1
     change = (model(z2, i, actions) - before).abs().amax((0, 2, 3))
-    assert change[1 + wm.WINDOW - 1] > 0 and change[1 + wm.WINDOW] == 0
+    assert change[2 + wm.WINDOW] > 0 and change[3 + wm.WINDOW] == 0  # Before reaches three frames further
 
 
 @pytest.mark.parametrize("depth", (2, 6))
@@ -252,7 +254,7 @@ def test_the_cache_gives_what_the_full_history_does(use, depth):
         model, (z, i, actions) = dynamics(dtype=dtype), batch(T=T, dtype=dtype)
         for p in model.parameters():
             p.data /= 3
-        caches, found = model.body.caches(), []
+        caches, found = model.caches(), []
         with torch.no_grad():
             for t in range(T):
                 at = (v[:, t:t + 1] for v in (z, i, actions))
@@ -285,11 +287,15 @@ def test_a_frame_costs_k_and_one_passes_and_states_its_noise(use):
 
 
 def test_rollout_rows_look_like_rollouts(use):
+    """Single new frames after a past of little noise; rows that are none stay as they were."""
     use(K_MAX=16, TAU_CTX=0.1)
-    i = torch.full((2, 6), 11)
-    level, size = wm.as_rollout(i, torch.full((2, 6), 3), torch.tensor([True, False]))
-    assert level[0, :5].max() <= wm.context_level() == 2 and level[0, 5] == 11
-    assert size[0].tolist() == [0, 0, 0, 0, 0, 3] and torch.equal(level[1], i[1])
+    i, e, rows = torch.full((400, 9), 11), torch.full((400, 9), 3), torch.arange(400) % 2 == 0
+    level, size = wm.as_rollout(i, e, rows, torch.Generator().manual_seed(0))
+    assert torch.equal(level[~rows], i[~rows]) and torch.equal(size[~rows], e[~rows])
+    new = level[rows] == 11
+    assert torch.equal(new, size[rows] == 3) and not (new[:, 1:] & new[:, :-1]).any()
+    assert wm.context_level() == 2 and (level[rows][~new] <= 2).all() and (size[rows][~new] == 0).all()
+    assert not new[:, 0].any() and new[:, 1:].any(0).all() and 0.35 < new[:, 1:].double().mean() < 0.5
 
 
 def test_what_the_sampler_asks_for_was_trained(use):
