@@ -325,13 +325,13 @@ class Before(nn.Module):
     """
     What stood around each token in the last frames, through a 3x3 convolution for each of them: a causal
     tubelet embedding (Arnab 2021) whose tubes overlap. Attention could fetch it too, but would have to find
-    these neighbours first. What moves by itself asks for two frames, and for a third when it was hidden.
+    these neighbours first. What moves by itself asks for two frames and their surroundings.
 
     grid     rows and columns of the tokens; None: they have no neighbours, only themselves
     frames   how far back
     """
 
-    def __init__(self, dim, grid=None, frames=3):
+    def __init__(self, dim, grid=None, frames=2):
         super().__init__()
         self.grid, self.frames = grid, frames
         self.map = (nn.Linear(dim, frames * dim) if grid is None
