@@ -851,10 +851,9 @@ def horizon_axes(ax, arrays, metrics):
     h = metrics["break_even_horizon"]["value"]
     if h <= HORIZON:
         ax.axvline(h, color="C3", lw=1, ls=":")
-    ax.set(xscale="log", xlabel="frames after the last true one", ylabel="PSNR in dB",
-           ylim=(10, 62))
+    ax.set(xscale="log", xlabel="frames after the last true one", ylabel="PSNR in dB", ylim=(10, 62))
     ax.set_xticks(upto(), [str(h) for h in upto()])
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(0, 0.37))
 
 
 def draw_sweep(folder, arrays):

@@ -48,7 +48,6 @@ import copy
 import importlib.util
 import json
 import math
-import os
 import resource
 import subprocess
 import sys

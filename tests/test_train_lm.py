@@ -5,10 +5,8 @@ import copy
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

@@ -326,6 +326,24 @@ def test_one_batch_in_ten_is_long_and_an_epoch_ends_with_the_short_ones(use):
     assert first != second  # other places in another epoch
 
 
+def test_who_is_stepped_by_what(use):
+    """Matrices of the layers by Muon, all others by AdamW, each once and at its ratio to LR."""
+    model = dynamics(dtype=torch.float32)
+    optimizer = wm.build_optimizer(model)
+    found = {}
+    for part in optimizer.parts:
+        for group in part.param_groups:
+            for p in group["params"]:
+                assert id(p) not in found
+                found[id(p)] = type(part).__name__, group["ratio"]
+    for name, p in model.named_parameters():
+        inside = name.startswith("body.layers") and p.ndim == 2
+        assert found.pop(id(p)) == (("Muon", wm.MUON_LR / wm.LR) if inside else ("AdamW", 1.0)), name
+    assert not found
+    use(OPT="adamw")
+    assert [type(part).__name__ for part in wm.build_optimizer(model).parts] == ["AdamW"]
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return tmp_path_factory.mktemp("world")
