@@ -20,7 +20,6 @@ about 1/N; values from two different feature networks cannot be compared.
 Features are (N, d) tensors or arrays; everything is computed in float64. Nothing here touches the global RNG.
 Not here: the feature network (each script has its own), gradients, Inception FID.
 """
-import math
 
 import torch
 import torch.nn.functional as F

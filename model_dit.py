@@ -367,7 +367,7 @@ class SpaceTime(nn.Module):
     """
     A causal transformer of T frames of S tokens each, factorised: a space layer lets the tokens of a frame
     see each other, a time layer lets a token see those in its own place of the last `window` frames, itself
-    among them (Hafner 2025, sec. 3.4). RoPE turns time layers by the frame, and space layers by `places`: only
+    among them (Hafner 2025, sec. 3.4). RoPE turns time layers by the frame, space layers by `places`: only
     distances count.
 
     time_every   every so many layers, the last of them, is a time layer

@@ -82,11 +82,11 @@ BOOTSTRAP = 0.25     # share of rows that do
 BOOT_FROM = 0.6      # share of the training before they begin
 EMA_TEACHER = False  # the half steps by the averaged weights
 NOISE = "iid"        # levels of the frames; the lab notes' "same", "context" (0.1, then rising); "pyramid"
-SHIFT = 10.0         # of levels drawn, towards noise: a frame of little noise is read off itself, without a past
+SHIFT = 10.0         # of levels drawn, towards noise: with little of it a frame asks for no past
 LOSS = "x"           # |z_hat - z|^2; "v": of velocities, which is that over tau^2
 RAMP = "clean"       # weight 1 - 0.9 tau; the lab notes' "noise": 0.1 + 0.9 tau; "none"
 IMAGE = 0.1          # share of rows whose frames are alone: the model can begin without a past
-ROLL = 0.7           # share of the other rows as a rollout sees them: a past of little noise, single new frames
+ROLL = 0.7           # share of the other rows as rollouts see them: a past of little noise, single new frames
 TAU_CTX = 0.1        # noise of the past in rollouts, given or dreamt; 0 = clean
 CTX_STATED = True    # tell the network so; False: the smallest level is stated
 ACTION_DROP = 0.05   # share of rows without actions
@@ -101,7 +101,7 @@ LR = 4e-3            # peak, of AdamW: embeddings, head, scalars. OPT=adamw: 2e-
 OPT = "muon"         # for the matrices inside; or "adamw" for them too
 MUON_LR = 0.03       # peak, of Muon
 WARMUP = 0.05        # share of the optimizer steps
-WEIGHT_DECAY = 0.01
+WEIGHT_DECAY = 0.01  # of both
 BETA2 = 0.99         # of AdamW
 CLIP = 1.0           # gradient norm
 EMA_DECAY = 0.995    # of the weights we sample from
@@ -1043,15 +1043,15 @@ def report(folder, model, tokenizer, data, ref, step, log=None, board=None):
 # ---------------------------------------------------------------- training
 def check_settings(world=1):
     """One line for a value that cannot work, before anything is written."""
-    choices = dict(ACTION_ALIGN=("into", "from"), TOKENIZER=("none", "mae"), LOSS=("x", "v"), OPT=("muon", "adamw"),
-                   NOISE=("iid", "same", "context", "pyramid"), RAMP=("clean", "none", "noise"),
-                   PRECISION=("auto", "bf16", "fp32"))
+    choices = dict(ACTION_ALIGN=("into", "from"), TOKENIZER=("none", "mae"), LOSS=("x", "v"),
+                   OPT=("muon", "adamw"), NOISE=("iid", "same", "context", "pyramid"),
+                   RAMP=("clean", "none", "noise"), PRECISION=("auto", "bf16", "fp32"))
     for name, allowed in choices.items():
         if globals()[name] not in allowed:
             fail(f"{name}={globals()[name]!r}: one of {', '.join(allowed)}")
-    for name in ("EPOCHS BATCH_SIZE BATCH_SIZE_LONG ACCUM LR MUON_LR SHIFT TOK_LR STRIDE PATCH LATENTS CODE PACK TOK_DIM "
-                 "TOK_DEPTH TOK_STEPS TOK_BATCH DIM DEPTH HEADS KV_HEADS TIME_EVERY K_MAX STEPS EVAL_EVERY "
-                 "CLIP").split():
+    for name in ("EPOCHS BATCH_SIZE BATCH_SIZE_LONG ACCUM LR MUON_LR SHIFT TOK_LR STRIDE PATCH LATENTS CODE "
+                 "PACK TOK_DIM TOK_DEPTH TOK_STEPS TOK_BATCH DIM DEPTH HEADS KV_HEADS TIME_EVERY K_MAX STEPS "
+                 "EVAL_EVERY CLIP").split():
         if globals()[name] <= 0:
             fail(f"{name}={globals()[name]} must be above 0")
     ranges = dict(LEVEL=(0, len(game.LEVELS) - 1), TRAIN=(1, 10**6), TEST=(4, 10**5), MASK_MOST=(0, 0.99),
@@ -1103,7 +1103,8 @@ def build_model(data, tokenizer):
 def build_optimizer(model):
     """Muon for the matrices of the layers, AdamW for all others; a group knows its ratio to LR."""
     names = dict(model.named_parameters())
-    inside = [p for name, p in names.items() if OPT == "muon" and name.startswith("body.layers") and p.ndim == 2]
+    inside = [p for name, p in names.items()
+              if OPT == "muon" and name.startswith("body.layers") and p.ndim == 2]
     chosen = {id(p) for p in inside}
     rest = dict(params=[p for p in names.values() if id(p) not in chosen], ratio=1.0)
     parts = [torch.optim.AdamW([rest], 0.0, (0.9, BETA2), weight_decay=WEIGHT_DECAY, fused=True)]

@@ -86,9 +86,11 @@ def main():
     torch.manual_seed(0)
     tokenizer = wm.build_tokenizer(data).eval()
     model = wm.build_model(data, tokenizer).eval()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.tokens} tokens a frame, past of "
-          f"{arguments.context} frames, {arguments.threads} threads\n")
-    print("| K | frames a second | ms a frame (p95) | uncached ms (p95) | uncached / cached |\n|---|---|---|---|---|")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {tokenizer.tokens} tokens, {arguments.context} frames before, "
+          f"{arguments.threads} threads\n")
+    print("| K | frames a second | ms a frame (p95) | uncached ms (p95) | uncached / cached |")
+    print("|---|---|---|---|---|")
     for steps in (1, 2, 4, 8, 16):
         if steps > wm.K_MAX:
             break
@@ -96,8 +98,8 @@ def main():
         if apart > 1e-4:
             sys.exit(f"K={steps}: cached and uncached frames differ by {apart:.1e}")
         (fast, slow), (p95, q95) = 1e3 * np.median(seconds, 1), 1e3 * np.quantile(seconds, 0.95, axis=1)
-        print(f"| {steps} | {1e3 / fast:.0f} | {fast:.1f} ({p95:.1f}) | {slow:.0f} ({q95:.0f}) | {slow / fast:.1f} |",
-              flush=True)
+        print(f"| {steps} | {1e3 / fast:.0f} | {fast:.1f} ({p95:.1f}) | {slow:.0f} ({q95:.0f}) "
+              f"| {slow / fast:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
