@@ -1067,8 +1067,9 @@ def check_settings(world=1):
         fail(f"STEPS={STEPS}, K_MAX={K_MAX}: powers of two, STEPS at most K_MAX, the finest that is trained")
     if KEEP_EVERY % EVAL_EVERY:
         fail(f"KEEP_EVERY={KEEP_EVERY} must be a multiple of EVAL_EVERY={EVAL_EVERY}")
-    if DIM % HEADS or DIM // HEADS % 2 or HEADS % KV_HEADS or DIM % 2:
-        fail(f"DIM={DIM} over HEADS={HEADS} must be whole and even, HEADS over KV_HEADS={KV_HEADS} whole")
+    if DIM % HEADS or DIM // HEADS % 2 or DIM // HEADS < 4 or HEADS % KV_HEADS:
+        fail(f"DIM={DIM} over HEADS={HEADS} must be whole, even and at least 4, "
+             f"HEADS over KV_HEADS={KV_HEADS} whole")
     if DEPTH < TIME_EVERY:
         fail(f"DEPTH={DEPTH}: no layer looks into the past, every TIME_EVERY={TIME_EVERY}-th does")
     if TOKENIZER == "mae" and (LATENTS % PACK or TOK_DIM % 32):

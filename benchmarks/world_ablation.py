@@ -8,8 +8,8 @@ What makes the dreams of train_world_model.py hold: each choice of the method ta
     python benchmarks/world_ablation.py
     python benchmarks/world_ablation.py --steps 300 --only "as it is,noise" --seeds 0 --out runs/quick
 
-What a row and a seed gave is kept in OUT, so the same command goes on where it was stopped, and two with
-other --seeds can share the work. Delete OUT to begin anew.
+What a row and a seed gave is kept in --out, so the same command goes on where it was stopped, and two with
+other --seeds can share the work. Delete that folder to begin anew.
 
 Columns, means over the seeds +- their standard deviation: PSNR of frames 1 and 8 beside that of copying the
 last true frame (the line above the table), of the pixels that changed, share of frames whose agent obeys,
@@ -52,11 +52,9 @@ SAME_NETWORK = {"context clean", "context noised, not stated"}  # "as it is", as
 NUMBERS = ("psnr_h1", "psnr_h8", "changed_h8", "obey", "ball_h8", "sharpness")
 
 
-def train(steps):
+def train(data, tokenizer, steps):
     """The averaged network after so many steps under the settings of now."""
-    data = wm.load_data()
     torch.manual_seed(wm.SEED)
-    tokenizer = wm.build_tokenizer(data).eval()
     model = wm.build_model(data, tokenizer)
     ema, guard = copy.deepcopy(model).eval().requires_grad_(False), common.Guard()
     run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
@@ -139,7 +137,7 @@ def main():
                 key = "as it is" if name in SAME_NETWORK else name
                 if key not in networks:
                     vars(wm).update({**default, "SEED": seed, **ROWS[key]})
-                    networks[key] = train(arguments.steps)
+                    networks[key] = train(data, tokenizer, arguments.steps)
                 vars(wm).update({**default, "SEED": seed, **changed})
                 np.save(path(name, seed), measure(networks[key], data, tokenizer, ref))
             print(f"seed {seed} " + table({name: [np.load(path(name, seed))]}).splitlines()[-1], flush=True)

@@ -27,24 +27,18 @@ import common
 import train_world_model as wm
 
 
-@torch.no_grad()
-def cached(model, past, actions, eps, steps):
-    """The next frame z (1, N, c) from filled caches."""
-    return wm.imagine(model, past, actions[:, -1], eps, steps)
+def forgetful(model, past, actions):
+    """For imagine(): the network without a cache, each call reads the noised frames `past` (1, T, N, c) and
+    what led into them (1, T) again."""
+    i = torch.full_like(actions, wm.context_level())
+
+    def forward(z, level, action, e, caches, keep):
+        return model(torch.cat([past, z], 1), torch.cat([i, level], 1), torch.cat([actions, action], 1),
+                     torch.cat([torch.zeros_like(i), e], 1))[:, -1:]
+    return forward
 
 
 @torch.no_grad()
-def uncached(model, past, actions, eps, steps):
-    """The next frame from noised frames `past` (1, T, N, c), with nothing kept from call to call."""
-    i = torch.full((1, past.shape[1] + 1), wm.context_level())
-    e, z = torch.zeros_like(i), eps
-    for k in range(steps, 0, -1):
-        i[:, -1], e[:, -1] = round(k * wm.K_MAX / steps), (wm.K_MAX // steps).bit_length() - 1
-        z_hat = model(torch.cat([past, z[:, None]], 1), i, actions, e)[:, -1]
-        z = z + wm.UPDATE_SCALE / k * (z_hat - z)
-    return z
-
-
 def measure(model, tokenizer, context, steps, frames):
     """Seconds a frame (2, frames), cached and uncached, and how far their frames are apart."""
     g, shape = torch.Generator().manual_seed(0), (1, tokenizer.tokens, tokenizer.channels)
@@ -52,22 +46,22 @@ def measure(model, tokenizer, context, steps, frames):
     caches, past, actions = model.caches(), [], torch.zeros(1, 0, dtype=torch.int64)
     for t in range(context + frames):
         eps, noise = (torch.randn(shape, generator=g) for _ in range(2))
-        action = torch.randint(model.null, (1, 1), generator=g)
-        actions, z = torch.cat([actions, action], 1), 0.5 * eps
+        action, z = torch.randint(model.null, (1,), generator=g), 0.5 * eps
         if t >= context:
             clock = time.perf_counter()
-            other = uncached(model, torch.stack(past[-context:], 1), actions[:, -context - 1:], eps, steps)
+            whole = forgetful(model, torch.stack(past[-context:], 1), actions[:, -context:])
+            other = wm.imagine(whole, None, action, eps, steps)
             wm.to_frames(tokenizer, other[:, None])
             middle = time.perf_counter()
-            z = cached(model, caches, actions, eps, steps)
+            z = wm.imagine(model, caches, action, eps, steps)
             wm.to_frames(tokenizer, z[:, None])
-        with torch.no_grad():
-            wm.remember(model, caches, z, action[:, 0], noise)
+        wm.remember(model, caches, z, action, noise)
         if t >= context:
             seconds[:, t - context] = time.perf_counter() - middle, middle - clock
             if t == context:  # later the caches still know what `past` has dropped
                 apart = float((other - z).abs().max())
         past.append(wm.add_noise(z, noise, wm.context_level() / wm.K_MAX))
+        actions = torch.cat([actions, action[:, None]], 1)
     return seconds, apart
 
 

@@ -618,7 +618,7 @@ def test_a_dry_run_says_what_fits(launch):
 BAD = {
     "TOKENIZER=vae": "one of none", "NOISE=white": "one of iid", "LEVEL=6": "LEVEL",
     "K_MAX=12": "powers of two", "STEPS=32": "at most K_MAX", "DIM=30": "DIM=30", "HEADS=3": "HEADS",
-    "TIME_EVERY=9": "no layer looks",
+    "HEADS=16": "at least 4", "TIME_EVERY=9": "no layer looks",
     "EPOCHS=0": "above 0", "LONG_RATIO=1.0": "LONG_RATIO", "CONTEXT=125": "128 frames",
     "SAMPLES=2": "SAMPLES",
     "EVAL_EVERY=2 KEEP_EVERY=3": "multiple", "TOKENIZER=mae PACK=3": "divide", "TAU_CTX=2": "TAU_CTX"}
