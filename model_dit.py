@@ -241,24 +241,26 @@ class ReLU2(torch.autograd.Function):
 
 
 class MLP(nn.Module):
-    """up, activation, down: "gelu" (exact), "relu2" = relu^2 (So 2021), or "swiglu" (Shazeer 2020)."""
+    """up, activation, down: "gelu" (exact), "relu2" = relu^2 (So 2021), or "swiglu" (Shazeer 2020), whose gate
+    is a matrix of its own: Muon must see it alone, and its half of a wider one would be copied on the way
+    back."""
 
     def __init__(self, dim, hidden, activation="gelu", bias=False):
         super().__init__()
         if activation not in ("gelu", "relu2", "swiglu"):
             raise ValueError(f"activation {activation!r}: one of gelu, relu2, swiglu")
         self.activation = activation
-        self.up = nn.Linear(dim, hidden * (2 if activation == "swiglu" else 1), bias=bias)
+        self.gate = nn.Linear(dim, hidden, bias=bias) if activation == "swiglu" else None
+        self.up = nn.Linear(dim, hidden, bias=bias)
         self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x):
-        x = self.up(x)
+        h = self.up(x)
         if self.activation == "relu2":
-            return self.down(ReLU2.apply(x))
+            return self.down(ReLU2.apply(h))
         if self.activation == "gelu":
-            return self.down(F.gelu(x))
-        gate, x = x.chunk(2, -1)
-        return self.down(F.silu(gate) * x)
+            return self.down(F.gelu(h))
+        return self.down(F.silu(self.gate(x)) * h)
 
 
 def modulate(x, shift, scale):

@@ -46,26 +46,26 @@ from common import (Guard, Muon, Optimizers, autocast, batch_order, ema_update, 
                     guarded_step, lr_at, override, save_artifact, seed_of, start, tile)
 from data import episodes, game
 from metrics import frechet, ssim
-from model_dit import Before, Layer, SpaceTime, grid_positions, rms
+from model_dit import Before, Layer, SpaceTime, grid_positions, near, rms
 
 # ---------------------------------------------------------------- settings: edit here, or give NAME=value
 DATA = "game"        # the drawn game of data/game.py; or recordings, see data/episodes.py
 LEVEL = 1            # of the game: 0 agent, 1 a ball, 2 coins, 3 a cloud, 4 a second room, 5 a question
 STOCHASTIC = False   # the ball turns by chance, one step in 20
-TRAIN = 448          # episodes of the game to train on, of 128 frames
+TRAIN = 480          # episodes of the game to train on, of 128 frames
 TEST = 64            # episodes of the game for the numbers; of own data, the last tenth
 ACTION_ALIGN = "into"  # of own data: a[t] led into frame t; "from": it was taken there
 STRIDE = 8           # frames between the beginnings of short training windows
 TOKENIZER = "none"   # patches of pixels; "mae": a masked autoencoder, trained first
 PATCH = 4            # side of a patch in pixels
-LATENTS = 32         # mae: latent tokens of a frame
+LATENTS = 0          # mae: latent tokens of a frame (the paper's way); 0: one in the place of each patch
 CODE = 16            # mae: numbers in each, within -1 and 1
-PACK = 2             # mae: latents in a token of the dynamics
+PACK = 1             # mae: latents in a token of the dynamics
 TOK_DIM = 128        # mae: width
 TOK_DEPTH = 3        # mae: layers of the encoder, and of the decoder
 TOK_STEPS = 3000     # mae: optimizer steps
 TOK_BATCH = 64       # mae: frames in a batch
-TOK_LR = 1e-3        # mae: peak
+TOK_LR = 3e-3        # mae: peak
 MASK_MOST = 0.9      # mae: up to this share of the patches is hidden
 EDGES = 0.2          # mae: weight of the error of edges beside that of pixels
 DIM = 64             # width of the dynamics
@@ -79,10 +79,10 @@ CAP = 0.0            # soft cap of attention scores (the paper's 50), without th
 K_MAX = 16           # smallest step is 1/K_MAX; a power of two
 SHORTCUT = True      # learn larger steps too
 BOOTSTRAP = 0.25     # share of rows that do
-BOOT_FROM = 0.6      # share of the training before they begin
+BOOT_FROM = 0.7      # share of the training before they begin
 EMA_TEACHER = False  # the half steps by the averaged weights
 NOISE = "iid"        # levels of the frames; the lab notes' "same", "context" (0.1, then rising); "pyramid"
-SHIFT = 10.0         # of levels drawn, towards noise: with little of it a frame asks for no past
+SHIFT = 6.0          # of levels drawn, towards noise: with little of it a frame asks for no past
 LOSS = "x"           # |z_hat - z|^2; "v": of velocities, which is that over tau^2
 RAMP = "clean"       # weight 1 - 0.9 tau; the lab notes' "noise": 0.1 + 0.9 tau; "none"
 IMAGE = 0.1          # share of rows whose frames are alone: the model can begin without a past
@@ -92,19 +92,19 @@ CTX_STATED = True    # tell the network so; False: the smallest level is stated
 ACTION_DROP = 0.05   # share of rows without actions
 SEQ_LEN_SHORT = 16   # frames of most windows
 SEQ_LEN_LONG = 32    # frames of the others; more than WINDOW, so that the window slides
-BATCH_SIZE = 8       # short windows in a forward pass, over all processes
-BATCH_SIZE_LONG = 4  # long ones: as many frames
+BATCH_SIZE = 4       # short windows in a forward pass, over all processes
+BATCH_SIZE_LONG = 2  # long ones: as many frames
 ACCUM = 1            # forward passes in an optimizer step
 LONG_RATIO = 0.1     # share of batches that are long
 EPOCHS = 3           # passes over the short windows
-LR = 4e-3            # peak, of AdamW: embeddings, head, scalars. OPT=adamw: 2e-3
+LR = 3e-3            # peak, of AdamW: embeddings, head, scalars. OPT=adamw: 1.5e-3
 OPT = "muon"         # for the matrices inside; or "adamw" for them too
-MUON_LR = 0.03       # peak, of Muon
+MUON_LR = 0.02       # peak, of Muon
 WARMUP = 0.05        # share of the optimizer steps
 WEIGHT_DECAY = 0.01  # of both
 BETA2 = 0.99         # of AdamW
 CLIP = 1.0           # gradient norm
-EMA_DECAY = 0.995    # of the weights we sample from
+EMA_DECAY = 0.9975   # of the weights we sample from
 STEPS = 4            # K, network calls for a frame
 UPDATE_SCALE = 1.0   # below 1: shorter steps of the sampler, more cautious
 CONTEXT = 16         # true frames before a rollout of a report
@@ -269,13 +269,15 @@ class MAE(Pixels):
     """
     A masked autoencoder of single frames with a narrow middle (Hafner 2025, sec. 3.1): LATENTS learned tokens
     look at the patches, some of which are hidden in training, and become CODE numbers each, through tanh; the
-    decoder's patch tokens look at those alone. PACK of them make a token of the dynamics.
+    decoder's patch tokens look at those alone. PACK of them make a token of the dynamics. LATENTS = 0: the
+    patches' own tokens become the codes, which takes far fewer steps, and the dynamics know who stands where.
     """
 
     def __init__(self, data):
         super().__init__(data)
         pixels, self.pixels = self.channels, self.tokens
-        self.grid, self.tokens, self.channels = None, LATENTS // PACK, CODE * PACK
+        count = LATENTS or self.pixels
+        self.tokens, self.channels = count // PACK, CODE * PACK
         self.embed, self.hidden = nn.Linear(pixels, TOK_DIM), nn.Parameter(torch.zeros(TOK_DIM))
         self.places, self.queries, self.latents, self.codes = (
             nn.Parameter(0.02 * torch.randn(n, TOK_DIM))
@@ -291,31 +293,36 @@ class MAE(Pixels):
         sees = torch.ones(LATENTS + self.pixels, LATENTS + self.pixels, dtype=torch.bool)
         encoder, decoder = sees.clone(), sees.clone()
         encoder[LATENTS:, :LATENTS] = decoder[:LATENTS, LATENTS:] = False
-        self.register_buffer("masks", torch.stack([encoder, decoder]), persistent=False)
+        for name, mask in (("sees", encoder), ("seen", decoder)):
+            self.register_buffer(name, mask if LATENTS else None, persistent=False)
+        turn = torch.stack(near(grid_positions(self.grid), 32))
+        self.register_buffer("turn", None if LATENTS else turn, persistent=False)
+        self.grid = None if LATENTS else self.grid
 
     def codes_of(self, patches, hidden=None):
-        """(B, pixels, .) -> (B, LATENTS, CODE) within -1 and 1; hidden bool (B, pixels): not looked at."""
+        """(B, pixels, .) -> (B, latents, CODE) within -1 and 1; hidden bool (B, pixels): not looked at."""
         x = self.embed(patches)
         if hidden is not None:
             x = torch.where(hidden[..., None], self.hidden, x)
         x = torch.cat([self.latents.expand(len(x), -1, -1), x + self.places], 1)
         for layer in self.encoder:
-            x = layer(x, self.masks[0])
-        return torch.tanh(self.down(rms(x[:, :LATENTS])))
+            x = layer(x, self.sees, self.turn)
+        return torch.tanh(self.down(rms(x[:, :LATENTS or None])))
 
     def patches_of(self, codes):
-        """(B, LATENTS, CODE) -> (B, pixels, .)."""
-        x = torch.cat([self.up(codes) + self.codes, self.queries.expand(len(codes), -1, -1)], 1)
+        """(B, latents, CODE) -> (B, pixels, .)."""
+        x, queries = self.up(codes), self.queries.expand(len(codes), -1, -1)
+        x = torch.cat([x + self.codes, queries], 1) if LATENTS else x + queries
         for layer in self.decoder:
-            x = layer(x, self.masks[1])
+            x = layer(x, self.seen, self.turn)
         return self.head(rms(x[:, LATENTS:])).float()
 
     def standard(self, codes):
-        """Codes (..., LATENTS, CODE) -> z (..., N, c), each number with mean 0 and spread 1 in training."""
+        """Codes (..., latents, CODE) -> z (..., N, c), each number with mean 0 and spread 1 in training."""
         return ((codes - self.code_mean) / self.code_std).unflatten(-2, (self.tokens, PACK)).flatten(-2)
 
     def raw_codes(self, frames):
-        """uint8 (..., H, W, 3) -> codes (..., LATENTS, CODE)."""
+        """uint8 (..., H, W, 3) -> codes (..., latents, CODE)."""
         x = self.patches(frames)
         return self.codes_of(x.flatten(0, -3)).unflatten(0, x.shape[:-2])
 
@@ -632,21 +639,21 @@ def to_latents(tokenizer, frames, device, batch=16):
 
 
 @torch.no_grad()
-def loss_table(model, z, actions, shuffle=False):
+def loss_table(model, z, actions, sizes=None):
     """Squared error of z_hat (levels, sizes) by noise i/K_MAX of the last frame and its step 2^e/K_MAX, past
-    as in a rollout; NaN off the grid."""
-    B, T = z.shape[:2]
-    table = np.full((K_MAX, K_MAX.bit_length()), np.nan)
-    g = generator_of(0, "loss table")
-    eps, actions = torch.randn(z.shape, generator=g).to(z), actions.roll(1, 0) if shuffle else actions
-    for e in range(K_MAX.bit_length() if SHORTCUT else 1):
+    as in a rollout; NaN off the grid. sizes: so many of the steps, smallest first; None: all that are
+    trained."""
+    table, caches = np.full((K_MAX, K_MAX.bit_length()), np.nan), model.caches()
+    eps = torch.randn(z.shape, generator=generator_of(0, "loss table")).to(z)
+    for t in range(z.shape[1] - 1):
+        remember(model, caches, z[:, t], actions[:, t], eps[:, t])
+    z, eps, action = z[:, -1:], eps[:, -1:], actions[:, -1:]
+    for e in range(sizes or (K_MAX.bit_length() if SHORTCUT else 1)):
         for level in range(2**e, K_MAX + 1, 2**e):
-            i = torch.full((B, T), context_level(), device=z.device)
-            i[:, -1] = level
-            steps = torch.zeros_like(i)
-            steps[:, -1] = e
-            z_hat = model(add_noise(z, eps, i / K_MAX), i, actions, steps)
-            table[level - 1, e] = float((z_hat - z)[:, -1].square().mean())
+            i = torch.full_like(action, level)
+            z_hat = model(add_noise(z, eps, i / K_MAX), i, action, torch.full_like(i, e), caches=caches,
+                          keep=False)
+            table[level - 1, e] = float((z_hat - z).square().mean())
     return table
 
 
@@ -667,8 +674,8 @@ def speed(model, tokenizer, frames=60):
 
 
 def evaluate(model, tokenizer, data, ref, count):
-    """Every number of a report from `count` rollouts, beside its floor and ceiling; returns (metrics, arrays
-    for the pictures)."""
+    """Every number of a report from `count` rollouts, controls from half of them, each beside its floor and
+    ceiling; returns (metrics, arrays for the pictures)."""
     metrics, hs, count = {}, upto(), min(count, len(ref.at))
     device, truth, last = model.slots.device, ref.truth[:count], ref.last[:count]
     z = to_latents(tokenizer, ref.frames[:count], device)
@@ -685,13 +692,16 @@ def evaluate(model, tokenizer, data, ref, count):
 
     def future(other):
         return torch.cat([actions[:, :CONTEXT], other[:, CONTEXT:]], 1)
+    some = max(4, count // 2)  # rollouts of the rows that are only beside the dream
     null = torch.full_like(actions, model.null)
-    rows = {"dream": dream(actions), "one step at a time": dream(actions, truth=z[:, CONTEXT:]),
-            "actions of others": dream(future(actions.roll(1, 0))), "no actions": dream(future(null)),
+    rows = {"dream": dream(actions), "one step at a time": dream(actions, n=some, truth=z[:some, CONTEXT:]),
+            "actions of others": dream(future(actions.roll(1, 0)), n=some),
+            "no actions": dream(future(null), n=some),
             "through the tokenizer": to_frames(tokenizer, z[:, CONTEXT:]),
             **{name: v[:count] for name, v in ref.rows.items()}}
-    table = {name: quality(truth, v, last) for name, v in rows.items()}
+    table = {name: quality(truth[:len(v)], v, last[:len(v)]) for name, v in rows.items()}
     own, copy_last, whole = table["dream"], table["copy the last frame"], table["through the tokenizer"]
+    beside = quality(truth[:some], rows["copy the last frame"][:some], last[:some])["psnr"]
     for h in hs:
         add(f"psnr_h{h}", own["psnr"][h - 1], "higher", copy_last["psnr"][h - 1], whole["psnr"][h - 1])
     for h in hs:
@@ -701,7 +711,7 @@ def evaluate(model, tokenizer, data, ref, count):
             add(f"ssim_h{h}", own["ssim"][h - 1], "higher", copy_last["ssim"][h - 1], whole["ssim"][h - 1])
             for short, name in (("forced", "one step at a time"), ("shuffled", "actions of others"),
                                 ("null", "no actions")):
-                add(f"psnr_{short}_h{h}", table[name]["psnr"][h - 1], None, copy_last["psnr"][h - 1])
+                add(f"psnr_{short}_h{h}", table[name]["psnr"][h - 1], None, beside[h - 1], n=some)
     add("tokenizer_psnr", pooled_psnr(squared(rows["through the tokenizer"], truth).reshape(1, 1, -1))[0],
         "higher", pooled_psnr(squared(rows["mean frame"], truth).reshape(1, 1, -1))[0], 60.0)
     gain = own["psnr"] - copy_last["psnr"]
@@ -710,53 +720,52 @@ def evaluate(model, tokenizer, data, ref, count):
     half = np.flatnonzero(gain < gain[0] / 2)
     add("half_life", half[0] + 1 if len(half) else HORIZON + 1, "higher", 1, HORIZON + 1)
 
-    short, some = min(16, HORIZON), max(4, count // 2)
-    sweep = {}
+    short, sweep = min(8, HORIZON), {}
     for K in [K for K in (1, 2, 4, 8, 16, 32, 64) if K <= K_MAX]:
-        sweep[K] = quality(truth[:some, :short], dream(actions, short, n=some, steps=K), last[:some])
-    h = min(8, short) - 1
+        swept = rows["dream"][:some, :short] if K == STEPS else dream(actions, short, n=some, steps=K)
+        sweep[K] = quality(truth[:some, :short], swept, last[:some])
+    h = short - 1
     blurred = blur(truth[:some, :short])
     add("sharpness", sweep[STEPS]["sharpness"][h], "near ceiling",
         quality(truth[:some, :short], blurred, last[:some])["sharpness"][h], 1.0, some)
-    add("psnr_most_steps_h8", sweep[max(sweep)]["psnr"][h], "higher", copy_last["psnr"][h], n=some)
-    add("psnr_few_steps_h8", sweep[STEPS]["psnr"][h], "higher", copy_last["psnr"][h], n=some)
+    add("psnr_most_steps_h8", sweep[max(sweep)]["psnr"][h], "higher", beside[h], n=some)
+    add("psnr_few_steps_h8", sweep[STEPS]["psnr"][h], "higher", beside[h], n=some)
     add("latent_std_ratio", float(to_latents(tokenizer, rows["dream"], device).std() / z[:, CONTEXT:].std()),
         "near ceiling", None, 1.0)
 
     far = [h for h in hs if h <= 32]
-    turned = dream(future(opposite(actions.cpu(), data.names).to(device)), max(far))
-    again = dream(actions, max(far), noise=1)
+    turned = dream(future(opposite(actions.cpu(), data.names).to(device)), max(far), n=some)
+    again = dream(actions, max(far), noise=1, n=some)
 
     def apart(a, b, h):
         return float(squared(a[:, h - 1], b[:, h - 1]).mean())
-    base = rows["dream"]
+    base = rows["dream"][:some]
     ratio = [math.sqrt(apart(turned, base, h) / max(apart(again, base, h), 1e-9)) for h in far]
-    add("action_noise_ratio", ratio[far.index(min(8, max(far)))], "higher", 1.0)
+    add("action_noise_ratio", ratio[far.index(min(8, max(far)))], "higher", 1.0, n=some)
     g = np.random.default_rng(0)
     chance = torch.from_numpy(g.integers(len(data.names), size=actions.shape)).to(device)
     four = min(4, HORIZON)
     add("delta_psnr", own["psnr"][four - 1]
         - pooled_psnr(squared(dream(future(chance), four), truth[:, :four]))[-1], "higher", 0.0)
-    losses = loss_table(model, z[:, :SEQ_LEN_SHORT], actions[:, :SEQ_LEN_SHORT])
-    mixed = loss_table(model, z[:, :SEQ_LEN_SHORT], actions[:, :SEQ_LEN_SHORT], shuffle=True)
+    begin, then = z[:, :SEQ_LEN_SHORT], actions[:, :SEQ_LEN_SHORT]
+    losses, mixed = loss_table(model, begin, then), loss_table(model, begin, then.roll(1, 0), sizes=1)
     add("val_loss", np.nanmean(losses[:, 0]), "lower", float(z.var()))
     add("shuffle_loss_ratio", np.nanmean(mixed[:, 0]) / np.nanmean(losses[:, 0]), "higher", 1.0)
 
     real = chunk_features(truth)
-    parts = {"other true videos": chunk_features(others(data, count)), "shuffled frames": chunk_features(
-        truth[:, np.random.default_rng(0).permutation(HORIZON)]), "blurred": chunk_features(blur(truth)),
-        **{name: chunk_features(v) for name, v in rows.items()}}
-    distances = {name: float(frechet(f, real)) for name, f in parts.items()}
-    add("frechet", distances["dream"], "lower", distances["copy the last frame"],
-        distances["other true videos"])
+    far_off = [float(frechet(chunk_features(v), real))
+               for v in (rows["dream"], rows["copy the last frame"], others(data, count))]
+    add("frechet", far_off[0], "lower", *far_off[1:])
 
     exact = {}
     if DATA == "game":
         T = CONTEXT + HORIZON
         states = SimpleNamespace(**{k: v[:count, :T] for k, v in vars(data.test.states).items()})
         for name, v in rows.items():
-            whole = np.concatenate([ref.frames[:count, :CONTEXT], v], 1)
-            exact[name] = game.scores(whole, states, ref.actions[:count].numpy(), CONTEXT)
+            n = len(v)
+            seen = SimpleNamespace(**{k: state[:n] for k, state in vars(states).items()})
+            whole = np.concatenate([ref.frames[:n, :CONTEXT], v], 1)
+            exact[name] = game.scores(whole, seen, ref.actions[:n].numpy(), CONTEXT)
         best = exact["through the tokenizer"]
         for name, short in (("obedience", "obey"), ("legality", "legal"), ("cell_accuracy", "agent")):
             add(name, exact["dream"].mean[short], "higher", exact["copy the last frame"].mean[short],
@@ -769,8 +778,8 @@ def evaluate(model, tokenizer, data, ref, count):
     clock = speed(model, tokenizer)
     add("fps", 1 / np.median(clock), "higher", n=len(clock))
     add("fps_p95_ms", 1e3 * np.quantile(clock, 0.95), "lower", n=len(clock))
-    return metrics, SimpleNamespace(rows=rows, table=table, sweep=sweep, losses=losses, distances=distances,
-                                    exact=exact, ratio=dict(zip(far, ratio)), truth=truth, last=last)
+    return metrics, SimpleNamespace(rows=rows, table=table, sweep=sweep, losses=losses, exact=exact,
+                                    ratio=dict(zip(far, ratio)), truth=truth, last=last)
 
 
 def blur(frames):
@@ -865,7 +874,7 @@ def draw_sweep(folder, arrays):
 
 
 def sweep_axes(axes, arrays):
-    for h in [h for h in (1, 8, 16) if h <= min(16, HORIZON)]:
+    for h in [h for h in (1, 4, 8) if h <= HORIZON]:
         psnr, sharp = ([q[name][h - 1] for q in arrays.sweep.values()] for name in ("psnr", "sharpness"))
         axes[0].plot(list(arrays.sweep), psnr, "o-", ms=4, label=f"frame {h}")
         axes[1].plot(list(arrays.sweep), [q["sharpness"][h - 1] for q in arrays.sweep.values()], "o-", ms=4)
@@ -1049,17 +1058,18 @@ def check_settings(world=1):
     for name, allowed in choices.items():
         if globals()[name] not in allowed:
             fail(f"{name}={globals()[name]!r}: one of {', '.join(allowed)}")
-    for name in ("EPOCHS BATCH_SIZE BATCH_SIZE_LONG ACCUM LR MUON_LR SHIFT TOK_LR STRIDE PATCH LATENTS CODE "
+    for name in ("EPOCHS BATCH_SIZE BATCH_SIZE_LONG ACCUM LR MUON_LR SHIFT TOK_LR STRIDE PATCH CODE "
                  "PACK TOK_DIM TOK_DEPTH TOK_STEPS TOK_BATCH DIM DEPTH HEADS KV_HEADS TIME_EVERY K_MAX STEPS "
                  "EVAL_EVERY CLIP").split():
         if globals()[name] <= 0:
             fail(f"{name}={globals()[name]} must be above 0")
-    ranges = dict(LEVEL=(0, len(game.LEVELS) - 1), TRAIN=(1, 10**6), TEST=(4, 10**5), MASK_MOST=(0, 0.99),
-                  WINDOW=(2, 10**5), REGISTERS=(0, 1000), CAP=(0, 1e6), BOOTSTRAP=(0, 1), BOOT_FROM=(0, 1),
-                  IMAGE=(0, 1), ROLL=(0, 1), TAU_CTX=(0, 1), ACTION_DROP=(0, 1), SEQ_LEN_SHORT=(2, 10**5),
-                  SEQ_LEN_LONG=(2, 10**5), LONG_RATIO=(0, 0.9), WARMUP=(0, 1), WEIGHT_DECAY=(0, 10),
-                  BETA2=(0, 0.99999), EMA_DECAY=(0, 1), UPDATE_SCALE=(0.01, 2), CONTEXT=(1, 10**5),
-                  HORIZON=(4, 10**5), SAMPLES=(4, 10**5), KEEP_EVERY=(0, 10**9), SEED=(0, 2**63 - 1))
+    ranges = dict(LEVEL=(0, len(game.LEVELS) - 1), TRAIN=(1, 10**6), TEST=(4, 10**5), LATENTS=(0, 10**5),
+                  MASK_MOST=(0, 0.99), WINDOW=(2, 10**5), REGISTERS=(0, 1000), CAP=(0, 1e6), BOOTSTRAP=(0, 1),
+                  BOOT_FROM=(0, 1), IMAGE=(0, 1), ROLL=(0, 1), TAU_CTX=(0, 1), ACTION_DROP=(0, 1),
+                  SEQ_LEN_SHORT=(2, 10**5), SEQ_LEN_LONG=(2, 10**5), LONG_RATIO=(0, 0.9), WARMUP=(0, 1),
+                  WEIGHT_DECAY=(0, 10), BETA2=(0, 0.99999), EMA_DECAY=(0, 1), UPDATE_SCALE=(0.01, 2),
+                  CONTEXT=(1, 10**5), HORIZON=(4, 10**5), SAMPLES=(4, 10**5), KEEP_EVERY=(0, 10**9),
+                  SEED=(0, 2**63 - 1))
     for name, (low, high) in ranges.items():
         if not low <= globals()[name] <= high:
             fail(f"{name}={globals()[name]} must lie between {low:g} and {high:g}")
@@ -1074,6 +1084,8 @@ def check_settings(world=1):
         fail(f"DEPTH={DEPTH}: no layer looks into the past, every TIME_EVERY={TIME_EVERY}-th does")
     if TOKENIZER == "mae" and (LATENTS % PACK or TOK_DIM % 32):
         fail(f"LATENTS={LATENTS} must divide by PACK={PACK}, TOK_DIM={TOK_DIM} by 32")
+    if TOKENIZER == "mae" and not LATENTS and PACK > 1:
+        fail(f"PACK={PACK}: 1 where LATENTS=0, each latent is the token of its patch then")
     if DATA == "game" and CONTEXT + HORIZON > 128:
         fail(f"CONTEXT={CONTEXT} and HORIZON={HORIZON}: episodes of the game have 128 frames")
     for name in ("BATCH_SIZE", "BATCH_SIZE_LONG"):
@@ -1102,10 +1114,10 @@ def build_model(data, tokenizer):
 
 
 def build_optimizer(model):
-    """Muon for the matrices of the layers, AdamW for all others; a group knows its ratio to LR."""
+    """Muon for the matrices of the layers, AdamW for all others; a group knows its ratio to LR or TOK_LR."""
     names = dict(model.named_parameters())
-    inside = [p for name, p in names.items()
-              if OPT == "muon" and name.startswith("body.layers") and p.ndim == 2]
+    inside = [p for name, p in names.items() if OPT == "muon" and p.ndim == 2
+              and name.startswith(("body.layers", "encoder", "decoder"))]
     chosen = {id(p) for p in inside}
     rest = dict(params=[p for p in names.values() if id(p) not in chosen], ratio=1.0)
     parts = [torch.optim.AdamW([rest], 0.0, (0.9, BETA2), weight_decay=WEIGHT_DECAY, fused=True)]
@@ -1143,13 +1155,11 @@ def train_tokenizer(run, data):
 
 def fit_tokenizer(run, data, tokenizer, path):
     """Train, from where path left off, and write to it."""
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), TOK_LR, (0.9, BETA2), weight_decay=WEIGHT_DECAY,
-                                  fused=True)
-    guard, step = Guard(), 0
+    optimizer, guard, step = build_optimizer(tokenizer), Guard(), 0
     saved = common.load_checkpoint(path, run.device, missing_ok=True)
     if saved is not None:
         names = [name for name in run.settings if name.startswith("TOK") or name in
-                 ("DATA", "LEVEL", "TRAIN", "PATCH", "LATENTS", "CODE", "PACK", "MASK_MOST", "SEED")]
+                 ("DATA", "LEVEL", "TRAIN", "PATCH", "LATENTS", "CODE", "PACK", "MASK_MOST", "OPT", "SEED")]
         differ = [name for name in names if saved["settings"].get(name) != run.settings[name]]
         if differ or saved["data"] != data.hash:
             fail(f"{path} was made with other {', '.join(differ) or 'data'}; RESUME=False or another OUT")
@@ -1170,16 +1180,18 @@ def fit_tokenizer(run, data, tokenizer, path):
         most = MASK_MOST * torch.rand(TOK_BATCH, 1, generator=g)
         hidden = torch.rand(TOK_BATCH, tokenizer.pixels, generator=g) < most
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, TOK_STEPS, TOK_LR, WARMUP) * guard.lr_scale
+            group["lr"] = lr_at(step, TOK_STEPS, TOK_LR, WARMUP) * guard.lr_scale * group["ratio"]
         tokenizer.train()
         with autocast(run.device, PRECISION):
             loss, edges = tokenizer_losses(tokenizer, pictures(frames, run.device), hidden.to(run.device))
         tokenizer.balance((loss, edges), torch.tensor([1.0, EDGES])).backward()
-        guarded_step(optimizer, list(tokenizer.parameters()), guard, float(loss), CLIP)
+        losses.append(float(loss.detach()))
+        guarded_step(optimizer, list(tokenizer.parameters()), guard, losses[-1], CLIP)
         step += 1
-        losses.append(float(loss))
         bar.update(1)
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
+        if step % max(1, TOK_STEPS // 10) == 0:
+            tqdm.write(f"tokenizer  step {step:5d}  loss {np.mean(losses[-50:]):.4f}")
         if time.monotonic() - saved_at > SAVE_SECONDS:
             save()
             saved_at = time.monotonic()

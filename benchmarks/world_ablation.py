@@ -6,7 +6,7 @@ What makes the dreams of train_world_model.py hold: each choice of the method ta
     notes did or asked, and what the paper (Hafner 2025) credits.
 
     python benchmarks/world_ablation.py
-    python benchmarks/world_ablation.py --steps 300 --only "as it is,noise" --seeds 0 --out runs/quick
+    python benchmarks/world_ablation.py --steps 600 --only "as it is,noise" --seeds 0 --out runs/quick
 
 What a row and a seed gave is kept in --out, so the same command goes on where it was stopped, and two with
 other --seeds can share the work. Delete that folder to begin anew.
@@ -104,7 +104,7 @@ def drawn(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="of every row")
+    parser.add_argument("--steps", type=int, default=1200, help="of every row")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--only", default="", help="beginnings of rows' names, comma-separated")
     parser.add_argument("--out", type=Path, default=Path("runs/world_ablation"))

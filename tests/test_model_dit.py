@@ -351,16 +351,16 @@ def test_cached_layers_equal_the_full_forward(window, chunk):
 def test_mlps_are_their_formulas(bias):
     x = normal(2, 3, 5)
     formulas = {
-        "gelu": lambda u: u * (1 + torch.erf(u / math.sqrt(2))) / 2,
-        "relu2": lambda u: u.clamp(min=0) ** 2,
-        "swiglu": lambda u: u[..., :7] * u[..., :7].sigmoid() * u[..., 7:],
+        "gelu": lambda u, g: u * (1 + torch.erf(u / math.sqrt(2))) / 2,
+        "relu2": lambda u, g: u.clamp(min=0) ** 2,
+        "swiglu": lambda u, g: g * g.sigmoid() * u,
     }
     for name, formula in formulas.items():
         layer = shake(MLP(5, 7, name, bias).double())
-        u = x @ layer.up.weight.T + (layer.up.bias if bias else 0)
-        expected = formula(u) @ layer.down.weight.T + (layer.down.bias if bias else 0)
+        u, g = (y and x @ y.weight.T + (y.bias if bias else 0) for y in (layer.up, layer.gate))
+        expected = formula(u, g) @ layer.down.weight.T + (layer.down.bias if bias else 0)
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
-        assert len(list(layer.parameters())) == (4 if bias else 2)
+        assert len(list(layer.parameters())) == (2 + (name == "swiglu")) * (1 + bias)
         assert torch.autograd.gradcheck(layer, x.clone().requires_grad_())
     x.requires_grad_()  # a second derivative of relu2 is refused, not wrong
     first, = torch.autograd.grad(model_dit.ReLU2.apply(x).square().sum(), x, create_graph=True)

@@ -286,6 +286,21 @@ def test_a_frame_costs_k_and_one_passes_and_states_its_noise(use):
     assert torch.allclose(alone[0], again[1], atol=1e-12)  # a row's noise depends on its seed alone
 
 
+def test_the_loss_table_is_that_of_whole_windows(use):
+    use(K_MAX=8)
+    model, (z, _, actions) = dynamics(), batch(T=6)
+    table = wm.loss_table(model, z, actions)
+    eps = torch.randn(z.shape, generator=common.generator_of(0, "loss table"))
+    for level, e in ((3, 0), (8, 0), (6, 1), (8, 3)):
+        i = torch.full_like(actions, wm.context_level())
+        steps = torch.zeros_like(i)
+        i[:, -1], steps[:, -1] = level, e
+        z_hat = model(wm.add_noise(z, eps, i / 8), i, actions, steps)
+        assert table[level - 1, e] == pytest.approx(float((z_hat - z)[:, -1].square().mean()), rel=1e-4)
+    assert np.isfinite(table).sum() == 8 + 4 + 2 + 1
+    assert np.isfinite(wm.loss_table(model, z, actions, sizes=1)).sum() == 8
+
+
 def test_rollout_rows_look_like_rollouts(use):
     """Single new frames after a past of little noise; rows that are none stay as they were."""
     use(K_MAX=16, TAU_CTX=0.1)
@@ -392,8 +407,8 @@ def test_pixels_come_back(use):
     assert z.shape == (2, 3, 12, 192) and np.array_equal(wm.to_frames(tokenizer, z), frames)
 
 
-def small_mae(use):
-    use(PATCH=4, LATENTS=4, CODE=6, PACK=2, TOK_DIM=32, TOK_DEPTH=2, TOKENIZER="mae")
+def small_mae(use, latents):
+    use(PATCH=4, LATENTS=latents, CODE=6, PACK=2 if latents else 1, TOK_DIM=32, TOK_DEPTH=2, TOKENIZER="mae")
     torch.manual_seed(0)
     facts = SimpleNamespace(crop=(8, 12), size=(8, 12), mean=np.zeros(3), std=np.ones(3))
     tokenizer = wm.MAE(facts).eval()
@@ -402,8 +417,9 @@ def small_mae(use):
     return tokenizer
 
 
-def test_the_masked_autoencoder_sees_what_it_may(use):
-    tokenizer = small_mae(use)
+@pytest.mark.parametrize("latents", (4, 0))
+def test_the_masked_autoencoder_sees_what_it_may(use, latents):
+    tokenizer = small_mae(use, latents)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, 48, generator=g)
     hidden = torch.arange(6)[None].expand(2, 6) == 4
@@ -412,13 +428,13 @@ def test_the_masked_autoencoder_sees_what_it_may(use):
     assert codes.abs().max() < 1 and torch.equal(codes, tokenizer.codes_of(x2, hidden))
     x2[:, 3] += 1
     assert (codes - tokenizer.codes_of(x2, hidden)).abs().max() > 1e-4
-    # latents of the decoder do not look at patches, patches of the encoder not at latents
     tokenizer.queries.data[2] += 5
     before = tokenizer.patches_of(codes)
     tokenizer.queries.data[2] -= 5
     assert (before - tokenizer.patches_of(codes)).abs().max() > 1e-4
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 12, 3), dtype=np.uint8)
-    assert wm.to_latents(tokenizer, frames, "cpu").shape == (2, 3, 2, 12)
+    assert wm.to_latents(tokenizer, frames, "cpu").shape == ((2, 3, 2, 12) if latents else (2, 3, 6, 6))
+    assert tokenizer.grid == (None if latents else (2, 3))
     assert wm.to_frames(tokenizer, wm.to_latents(tokenizer, frames, "cpu")).shape == frames.shape
 
 
@@ -621,7 +637,8 @@ BAD = {
     "HEADS=16": "at least 4", "TIME_EVERY=9": "no layer looks",
     "EPOCHS=0": "above 0", "LONG_RATIO=1.0": "LONG_RATIO", "CONTEXT=125": "128 frames",
     "SAMPLES=2": "SAMPLES",
-    "EVAL_EVERY=2 KEEP_EVERY=3": "multiple", "TOKENIZER=mae PACK=3": "divide", "TAU_CTX=2": "TAU_CTX"}
+    "EVAL_EVERY=2 KEEP_EVERY=3": "multiple", "TOKENIZER=mae LATENTS=4 PACK=3": "divide",
+    "TOKENIZER=mae PACK=2": "1 where LATENTS=0", "TAU_CTX=2": "TAU_CTX"}
 
 
 @pytest.mark.parametrize("setting", BAD)
