@@ -579,9 +579,10 @@ def test_windows(data, count):
 
 
 def opposite(actions, names):
-    """Actions the other way round: up for down, left for right; where there are no such names, the next."""
-    pairs = {"up": "down", "down": "up", "left": "right", "right": "left"}
-    table = [names.index(pairs[name]) if pairs.get(name) in names else k for k, name in enumerate(names)]
+    """Actions the other way round: up for down, move_left for move_right; where there are none, the next."""
+    other = {"up": "down", "down": "up", "left": "right", "right": "left"}
+    turned = ["_".join(other.get(word, word) for word in name.split("_")) for name in names]
+    table = [names.index(name) if name in names else k for k, name in enumerate(turned)]
     if table == list(range(len(names))):
         table = [(k + 1) % len(names) for k in range(len(names))]
     return torch.tensor([*table, len(names)])[actions]
@@ -1188,11 +1189,13 @@ def fit_tokenizer(run, data, tokenizer, path):
         losses.append(float(loss.detach()))
         guarded_step(optimizer, list(tokenizer.parameters()), guard, losses[-1], CLIP)
         step += 1
+        if guard.lost:
+            fail(f"the tokenizer diverged at step {step}: lower TOK_LR={TOK_LR:g}; RESUME=False begins anew")
         bar.update(1)
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
         if step % max(1, TOK_STEPS // 10) == 0:
             tqdm.write(f"tokenizer  step {step:5d}  loss {np.mean(losses[-50:]):.4f}")
-        if time.monotonic() - saved_at > SAVE_SECONDS:
+        if time.monotonic() - saved_at > SAVE_SECONDS and guard.healthy:
             save()
             saved_at = time.monotonic()
     bar.close()

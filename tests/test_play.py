@@ -167,6 +167,8 @@ def test_keys_of_actions():
     assert not set(keys) & {*sample.COMMANDS, "l", "q", "[", "]"}
     keys = sample.action_keys([str(i) for i in range(17)])
     assert [keys[k] for k in "09AG n"] == [0, 9, 10, 16, 16, 0] and "w" not in keys and "H" not in keys
+    keys = sample.action_keys(["noop", "move_left", "move_up", "do", "sleep"])
+    assert [keys[k] for k in "aw n"] + [keys["left"]] == [1, 2, 3, 0, 1]
 
 
 # ---------------------------------------------------------------- in a terminal

@@ -296,7 +296,7 @@ def test_the_loss_table_is_that_of_whole_windows(use):
         steps = torch.zeros_like(i)
         i[:, -1], steps[:, -1] = level, e
         z_hat = model(wm.add_noise(z, eps, i / 8), i, actions, steps)
-        assert table[level - 1, e] == pytest.approx(float((z_hat - z)[:, -1].square().mean()), rel=1e-4)
+        assert table[level - 1, e] == pytest.approx((z_hat - z)[:, -1].square().mean().item(), rel=1e-4)
     assert np.isfinite(table).sum() == 8 + 4 + 2 + 1
     assert np.isfinite(wm.loss_table(model, z, actions, sizes=1)).sum() == 8
 
@@ -504,6 +504,7 @@ def test_opposite_actions():
     names = ["noop", "up", "down", "left", "right", "ask"]
     assert wm.opposite(torch.arange(7), names).tolist() == [0, 2, 1, 4, 3, 5, 6]
     assert wm.opposite(torch.arange(4), ["0", "1", "2"]).tolist() == [1, 2, 0, 3]
+    assert wm.opposite(torch.arange(4), ["noop", "move_up", "move_down"]).tolist() == [0, 2, 1, 3]
 
 
 # ---------------------------------------------------------------- whole runs
@@ -605,6 +606,13 @@ def test_a_run_and_what_sample_makes_of_it(launch, tmp_path):
     assert drawn.code == 0 and np.load(some / "dreams.npy").shape == (2, 8, 32, 32, 3), drawn.output
     bad = launch("--checkpoint", last, "--prompt", "jump", program="sample", fault=IMPORT)
     refused(bad, "jump", "noop, up")
+
+
+def test_a_tokenizer_that_diverges_is_one_line(launch):
+    nan = "script.tokenizer_losses = lambda tokenizer, *_: (tokenizer.head.bias.sum() * torch.nan,) * 2\n"
+    run = launch(*"TOKENIZER=mae PATCH=8 CODE=8 TOK_DIM=32 TOK_DEPTH=1 TOK_STEPS=99 TOK_BATCH=4".split(),
+                 fault=IMPORT + nan)
+    refused(run, "diverged at step 5", "TOK_LR")
 
 
 def test_own_recordings(launch, tmp_path):
