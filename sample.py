@@ -633,6 +633,8 @@ def main():
     overrides = [f"{name}={value}" for name, value in flags.items() if value is not None] + args.settings
     if args.num_samples < 1:
         fail(f"--num-samples {args.num_samples}: at least 1")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed {args.seed}: expected 0 to {2**31 - 1}")
     script, checkpoint = load(args.checkpoint, overrides)
     folder = args.out or args.checkpoint.parent / ("full" if args.full else "samples")
     if args.play or args.serve:

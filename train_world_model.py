@@ -4,7 +4,7 @@ A world model to play, in one file: past frames and actions in, the next frame o
 TAU HERE IS THE AMOUNT OF NOISE, 0 = clean, 1 = noise: the tau of the DreamerV4 paper is 1 - ours.
 
     z_tau = (1 - tau) z + tau eps        z: patches or latents of a frame; each frame has its own tau and eps
-    z_hat = F(z_tau, tau, d, actions)    predicts z; a frame sees the `WINDOW` last ones, never later ones
+    z_hat = F(z_tau, tau, d, actions)    predicts z; a time layer sees `WINDOW` frames, never later ones
     L = (1 - 0.9 tau) |z_hat - z|^2      d = 1/K_MAX, the smallest step        (Hafner 2025, eq. 7, diffusion
                                                                                forcing: Chen 2024)
     L = (1 - 0.9 tau) |z_hat - sg(z*)|^2,   z* = ((tau - d) z_1 + tau z_2) / (2 tau - d)     for larger steps:
@@ -30,6 +30,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,7 +88,7 @@ LOSS = "x"           # |z_hat - z|^2; "v": of velocities, which is that over tau
 RAMP = "clean"       # weight 1 - 0.9 tau; the lab notes' "noise": 0.1 + 0.9 tau; "none"
 IMAGE = 0.1          # share of rows whose frames are alone: the model can begin without a past
 ROLL = 0.7           # share of the other rows as rollouts see them: a past of little noise, single new frames
-TAU_CTX = 0.1        # noise of the past in rollouts, given or dreamt; 0 = clean
+TAU_CTX = 0.1        # noise of the past in rollouts, given or dreamt: the level nearest to it; 0 = clean
 CTX_STATED = True    # tell the network so; False: the smallest level is stated
 ACTION_DROP = 0.05   # share of rows without actions
 SEQ_LEN_SHORT = 16   # frames of most windows
@@ -141,11 +142,16 @@ def load_data():
         for split, at in zip(("train", "val", "test"), episodes.split(len(found.actions))):
             parts[split] = SimpleNamespace(frames=found.frames[at.start:at.stop],
                                            actions=found.actions[at.start:at.stop])
-        names = found.names or [str(k) for k in range(found.n_actions)]
+        names = found.names or [str(k) for k in range(found.n_actions)] or ["next"]
+        if not found.n_actions:  # nothing is known of the actions: there is one, the next frame
+            for part in parts.values():
+                part.actions = [np.zeros_like(actions) for actions in part.actions]
         data = SimpleNamespace(**parts, names=names, fps=found.fps, facts=found.facts)
     for part in (data.train, data.val, data.test):
         part.latents = None  # a tokenizer that learns fills them in
     data.crop = data.train.frames[0].shape[1:3]
+    if min(data.crop) < 11:
+        raise ValueError(f"DATA={DATA}: frames of {data.crop[0]} x {data.crop[1]} pixels, SSIM needs 11 x 11")
     data.size = tuple(-(-side // PATCH) * PATCH for side in data.crop)
     content = hashlib.blake2b(digest_size=8)
     for part in (data.train, data.test):
@@ -163,6 +169,7 @@ def load_data():
                              f"{max(lengths)}: lower {name}")
     some = np.concatenate([frames[:: max(1, sum(lengths) // 4096)] for frames in data.train.frames])
     data.mean, data.std = (f(some / 127.5 - 1, axis=(0, 1, 2)) for f in (np.mean, np.std))
+    data.std = np.maximum(data.std, 1e-3)  # of a colour that never changes
     return data
 
 
@@ -183,9 +190,9 @@ def batches(data):
     return short, round(short * LONG_RATIO / (1 - LONG_RATIO))
 
 
-def spread(n, share):
-    """(n,) bool: true for a share of n rows, evenly, so that every process gets as many."""
-    return ((torch.arange(1, n + 1) * share + 1e-9).floor() - (torch.arange(n) * share + 1e-9).floor()) > 0
+def spread(n, share, begin=0):
+    """(n,) bool: true for a share of the rows begin, ..., begin + n - 1, evenly over all rows there are."""
+    return torch.arange(begin, begin + n + 1, dtype=torch.float64).mul(share).add(1e-9).floor().diff() > 0
 
 
 def draw_batch(data, tokenizer, step, total, attempt=0):
@@ -200,7 +207,7 @@ def draw_batch(data, tokenizer, step, total, attempt=0):
     actions[:, 0] = -1  # what led into a first frame came before it
     alone = torch.rand(B, generator=g) < IMAGE
     actions[alone | (torch.rand(B, generator=g) < ACTION_DROP)] = -1
-    boot = spread(B, BOOTSTRAP if SHORTCUT and step >= BOOT_FROM * total else 0.0)
+    boot = spread(B, BOOTSTRAP if SHORTCUT and step >= BOOT_FROM * total else 0.0, number * B)
     i, e = draw_levels(boot, T, g)
     i, e = as_rollout(i, e, ~alone & (torch.rand(B, generator=g) < ROLL), g)
     return dict(z=z, eps=torch.randn(z.shape, generator=g), i=i, e=e, alone=alone,
@@ -208,11 +215,12 @@ def draw_batch(data, tokenizer, step, total, attempt=0):
 
 
 def read(part, tokenizer, at, T):
-    """z (B, T, N, c) of windows at (B, 2), from the latents on disk where there are any."""
+    """z (B, T, N, c) on the CPU of windows at (B, 2), from the latents on disk where there are any."""
     if part.latents is not None:
         codes = torch.from_numpy(np.stack([part.latents[e][s:s + T] for e, s in at])).float()
-        return tokenizer.standard(codes)
-    return tokenizer.encode(pictures(np.stack([part.frames[e][s:s + T] for e, s in at])))
+        return tokenizer.standard(codes.to(tokenizer.mean.device)).cpu()
+    frames = np.stack([part.frames[e][s:s + T] for e, s in at])
+    return tokenizer.encode(pictures(frames, tokenizer.mean.device)).cpu()
 
 
 # ---------------------------------------------------------------- tokenizers: frames <-> latents
@@ -229,9 +237,12 @@ class Balance(nn.Module):
         super().__init__()
         self.register_buffer("square", torch.zeros(terms))
 
-    def forward(self, terms, weights):
-        """Scalars of one step -> their weighted sum; a term of weight 0 does not occur in it."""
-        now, occurs = torch.stack([term.detach().float() for term in terms]).square(), weights > 0
+    def forward(self, terms, weights, means=None):
+        """Scalars of one step -> their weighted sum; a term of weight 0 does not occur in it. means: the same
+        over all processes, where there are more."""
+        means = torch.stack([term.detach().float() for term in terms]) if means is None else means
+        now, weights = means.square(), weights.to(means)
+        occurs = weights > 0
         if self.training:
             fresh = torch.where(self.square > 0, 0.99 * self.square + 0.01 * now, now)
             self.square = torch.where(occurs, fresh, self.square)
@@ -722,15 +733,15 @@ def evaluate(model, tokenizer, data, ref, count):
     add("half_life", half[0] + 1 if len(half) else HORIZON + 1, "higher", 1, HORIZON + 1)
 
     short, sweep = min(8, HORIZON), {}
-    for K in [K for K in (1, 2, 4, 8, 16, 32, 64) if K <= K_MAX]:
+    for K in [1 << k for k in range(K_MAX.bit_length())]:
         swept = rows["dream"][:some, :short] if K == STEPS else dream(actions, short, n=some, steps=K)
         sweep[K] = quality(truth[:some, :short], swept, last[:some])
     h = short - 1
     blurred = blur(truth[:some, :short])
     add("sharpness", sweep[STEPS]["sharpness"][h], "near ceiling",
         quality(truth[:some, :short], blurred, last[:some])["sharpness"][h], 1.0, some)
-    add("psnr_most_steps_h8", sweep[max(sweep)]["psnr"][h], "higher", beside[h], n=some)
-    add("psnr_few_steps_h8", sweep[STEPS]["psnr"][h], "higher", beside[h], n=some)
+    add(f"psnr_most_steps_h{short}", sweep[max(sweep)]["psnr"][h], "higher", beside[h], n=some)
+    add(f"psnr_few_steps_h{short}", sweep[STEPS]["psnr"][h], "higher", beside[h], n=some)
     add("latent_std_ratio", float(to_latents(tokenizer, rows["dream"], device).std() / z[:, CONTEXT:].std()),
         "near ceiling", None, 1.0)
 
@@ -754,19 +765,19 @@ def evaluate(model, tokenizer, data, ref, count):
     add("shuffle_loss_ratio", np.nanmean(mixed[:, 0]) / np.nanmean(losses[:, 0]), "higher", 1.0)
 
     real = chunk_features(truth)
-    far_off = [float(frechet(chunk_features(v), real))
+    far_off = [None if v is None else float(frechet(chunk_features(v), real))
                for v in (rows["dream"], rows["copy the last frame"], others(data, count))]
     add("frechet", far_off[0], "lower", *far_off[1:])
 
     exact = {}
     if DATA == "game":
-        T = CONTEXT + HORIZON
-        states = SimpleNamespace(**{k: v[:count, :T] for k, v in vars(data.test.states).items()})
         for name, v in rows.items():
             n = len(v)
-            seen = SimpleNamespace(**{k: state[:n] for k, state in vars(states).items()})
-            whole = np.concatenate([ref.frames[:n, :CONTEXT], v], 1)
-            exact[name] = game.scores(whole, seen, ref.actions[:n].numpy(), CONTEXT)
+            states = SimpleNamespace(**{
+                k: np.stack([state[e, s:s + CONTEXT + HORIZON] for e, s in ref.at[:n]])
+                for k, state in vars(data.test.states).items()})
+            frames = np.concatenate([ref.frames[:n, :CONTEXT], v], 1)
+            exact[name] = game.scores(frames, states, ref.actions[:n].numpy(), CONTEXT)
         best = exact["through the tokenizer"]
         for name, short in (("obedience", "obey"), ("legality", "legal"), ("cell_accuracy", "agent")):
             add(name, exact["dream"].mean[short], "higher", exact["copy the last frame"].mean[short],
@@ -791,10 +802,11 @@ def blur(frames):
 
 
 def others(data, count):
-    """Videos of the validation part, uint8 (count, H, h, w, 3)."""
+    """At most `count` videos of the validation part, uint8 (n, H, h, w, 3); None where all are too short."""
     places = [(start, e) for e, frames in enumerate(data.val.frames)
               for start in range(0, len(frames) - HORIZON + 1, HORIZON)]
-    return np.stack([data.val.frames[e][start:start + HORIZON] for start, e in sorted(places)[:count]])
+    found = [data.val.frames[e][start:start + HORIZON] for start, e in sorted(places)[:count]]
+    return np.stack(found) if found else None
 
 
 def summary(metrics):
@@ -966,7 +978,8 @@ def scoreboard(arrays):
     names = arrays.exact["dream"].mean
     order = ["through the tokenizer", "dream", "one step at a time", "actions of others", "no actions",
              "copy the last frame", "mean frame", "random frame"]
-    lines = [f"{'':24s}" + "".join(f"{name[:15]:>17s}" for name in order)]
+    lines = [f"{'':24s}" + "".join(f"{name[:15]:>17s}" for name in order),
+             f"{'rollouts':24s}" + "".join(f"{len(arrays.rows[name]):17d}" for name in order)]
     for name in names:
         values = [arrays.exact[row].mean[name] for row in order]
         if any(np.isfinite(values)):
@@ -1076,6 +1089,8 @@ def check_settings(world=1):
             fail(f"{name}={globals()[name]} must lie between {low:g} and {high:g}")
     if K_MAX & (K_MAX - 1) or STEPS & (STEPS - 1) or STEPS > K_MAX:
         fail(f"STEPS={STEPS}, K_MAX={K_MAX}: powers of two, STEPS at most K_MAX, the finest that is trained")
+    if TAU_CTX and context_level() == K_MAX:
+        fail(f"TAU_CTX={TAU_CTX}: 1 on the grid of K_MAX={K_MAX}, nothing is left of the past: raise K_MAX")
     if KEEP_EVERY % EVAL_EVERY:
         fail(f"KEEP_EVERY={KEEP_EVERY} must be a multiple of EVAL_EVERY={EVAL_EVERY}")
     if DIM % HEADS or DIM // HEADS % 2 or DIM // HEADS < 4 or HEADS % KV_HEADS:
@@ -1114,8 +1129,8 @@ def build_model(data, tokenizer):
     return Dynamics(tokenizer.tokens, tokenizer.channels, len(data.names), tokenizer.grid)
 
 
-def build_optimizer(model):
-    """Muon for the matrices of the layers, AdamW for all others; a group knows its ratio to LR or TOK_LR."""
+def build_optimizer(model, peak):
+    """Muon for the matrices of the layers, AdamW for all others; a group knows its ratio to AdamW's peak."""
     names = dict(model.named_parameters())
     inside = [p for name, p in names.items() if OPT == "muon" and p.ndim == 2
               and name.startswith(("body.layers", "encoder", "decoder"))]
@@ -1123,7 +1138,7 @@ def build_optimizer(model):
     rest = dict(params=[p for p in names.values() if id(p) not in chosen], ratio=1.0)
     parts = [torch.optim.AdamW([rest], 0.0, (0.9, BETA2), weight_decay=WEIGHT_DECAY, fused=True)]
     if inside:
-        parts.append(Muon([dict(params=inside, ratio=MUON_LR / LR)], WEIGHT_DECAY))
+        parts.append(Muon([dict(params=inside, ratio=MUON_LR / peak)], WEIGHT_DECAY))
     return Optimizers(model, parts)
 
 
@@ -1149,18 +1164,20 @@ def train_tokenizer(run, data):
     if run.world > 1:
         torch.distributed.barrier()
     for name in ("train", "val", "test"):
-        getattr(data, name).latents = [np.load(folder / f"{name}_{k}.npy", mmap_mode="r")
-                                       for k in range(len(getattr(data, name).frames))]
+        files = [folder / f"{name}_{k}.npy" for k in range(len(getattr(data, name).frames))]
+        getattr(data, name).latents = episodes.Frames([(partial(np.load, file, mmap_mode="r"), slice(None))
+                                                       for file in files])
     return tokenizer
 
 
 def fit_tokenizer(run, data, tokenizer, path):
     """Train, from where path left off, and write to it."""
-    optimizer, guard, step = build_optimizer(tokenizer), Guard(), 0
+    optimizer, guard, step = build_optimizer(tokenizer, TOK_LR), Guard(), 0
     saved = common.load_checkpoint(path, run.device, missing_ok=True)
     if saved is not None:
         names = [name for name in run.settings if name.startswith("TOK") or name in
-                 ("DATA", "LEVEL", "TRAIN", "PATCH", "LATENTS", "CODE", "PACK", "MASK_MOST", "OPT", "SEED")]
+                 ("DATA LEVEL TRAIN PATCH LATENTS CODE PACK MASK_MOST EDGES OPT MUON_LR WARMUP WEIGHT_DECAY "
+                  "BETA2 CLIP PRECISION SEED").split()]
         differ = [name for name in names if saved["settings"].get(name) != run.settings[name]]
         if differ or saved["data"] != data.hash:
             fail(f"{path} was made with other {', '.join(differ) or 'data'}; RESUME=False or another OUT")
@@ -1173,7 +1190,7 @@ def fit_tokenizer(run, data, tokenizer, path):
     lengths = np.array([len(frames) for frames in data.train.frames])
     ends, losses, saved_at = lengths.cumsum(), [], time.monotonic()
     bar = tqdm(total=TOK_STEPS, initial=step, desc="tokenizer", disable=None, dynamic_ncols=True)
-    while step < TOK_STEPS and not run.stopping():
+    while step < TOK_STEPS and not run.signal:  # alone: the other processes wait
         g = generator_of(SEED, "tokenizer", step)
         index = np.array(batch_order(SEED, step, TOK_BATCH, int(ends[-1])))
         at = np.searchsorted(ends, index, side="right")
@@ -1202,8 +1219,8 @@ def fit_tokenizer(run, data, tokenizer, path):
     if step == TOK_STEPS and (tokenizer.code_std == 1).all():
         tokenizer.eval()
         with torch.no_grad():
-            codes = torch.cat([tokenizer.raw_codes(pictures(frames[::8], run.device)).flatten(0, 1)
-                               for frames in data.train.frames[:256]])
+            codes = torch.cat([tokenizer.raw_codes(pictures(frames[::max(8, len(frames) // 256)], run.device))
+                               .flatten(0, 1) for frames in data.train.frames[:256]])
         tokenizer.code_mean.copy_(codes.mean(0))
         tokenizer.code_std.copy_(codes.std(0).clamp(min=1e-3))
     save()
@@ -1248,10 +1265,14 @@ def train_step(handle, model, ema, optimizer, guard, data, tokenizer, step, tota
         with autocast(run.device, PRECISION):
             losses = loss_fn(handle, ema if EMA_TEACHER else model, **part)
         large = part["e"] > 0
-        terms = [losses[large == kind].mean() if (large == kind).any() else losses.sum() * 0
-                 for kind in (False, True)]
-        share = large.float().mean()
-        (model.balance(terms, torch.stack([1 - share, share])) / ACCUM).backward()
+        sums = torch.stack([losses[~large].sum(), losses[large].sum()])
+        whole = torch.stack([sums.detach(), torch.stack([(~large).sum(), large.sum()])])  # of all processes
+        if run.world > 1:
+            torch.distributed.all_reduce(whole)
+        frames = whole[1].clamp(min=1)
+        # DDP takes the mean of what the processes give
+        (model.balance(sums * run.world / frames, whole[1] / whole[1].sum(), whole[0] / frames)
+         / ACCUM).backward()
         loss += losses.detach().mean() / ACCUM
     if run.world > 1:
         torch.distributed.all_reduce(loss)
@@ -1266,8 +1287,8 @@ def dry_run(data, tokenizer, device):
     """What a batch of each length keeps in memory for the backward pass, and its time."""
     model = build_model(data, tokenizer).to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    fixed = 16 * parameters / 2**20  # weights, gradients and two moments, 4 bytes each
-    print(f"{parameters:,} parameters; weights, gradients and optimizer {fixed:.0f} MiB")
+    fixed = 20 * parameters / 2**20  # weights, their average, gradients and two moments, 4 bytes each
+    print(f"{parameters:,} parameters; weights, average, gradients and optimizer {fixed:.0f} MiB")
     print(f"{'T':>5s} {'B':>4s} {'kept':>10s} {'together':>10s} {'a step':>9s}")
     for T, B in [(T, max(1, BATCH_SIZE * SEQ_LEN_SHORT // T))
                  for T in sorted({SEQ_LEN_SHORT, SEQ_LEN_LONG, 2 * SEQ_LEN_LONG, 4 * SEQ_LEN_LONG})]:
@@ -1348,7 +1369,7 @@ class Dream:
             self._remember(z, self.model.null)
             return self.frame
         frames, actions = self._past(seed)
-        for frame, action in zip(frames, actions):
+        for frame, action in zip(frames, [-1, *actions[1:]]):  # what led into the first came before it
             z = to_latents(self.tokenizer, frame[None, None], self.model.slots.device)[:, 0]
             self._remember(z, int(action) if action >= 0 else self.model.null)
         self.played = [(frame, int(action)) for frame, action in zip(frames, actions)]
@@ -1487,15 +1508,15 @@ def main():
     free = "EPOCHS EVAL_EVERY KEEP_EVERY SAVE_SECONDS TENSORBOARD COMPILE DRY_RUN STEPS UPDATE_SCALE CONTEXT "
     run = start(__file__, globals(), (free + "HORIZON SAMPLES CTX_STATED").split())
     data = prepare(run.rank, run.world)
-    tokenizer = train_tokenizer(run, data)
     try:
         ref = reference(data) if run.rank == 0 else None
     except ValueError as error:
         fail(error)
+    tokenizer = train_tokenizer(run, data)
     torch.manual_seed(SEED)
     model = build_model(data, tokenizer).to(run.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer, guard = build_optimizer(model), Guard()
+    optimizer, guard = build_optimizer(model, LR), Guard()
     at = SimpleNamespace(step=0, reported=0, best=-math.inf, seconds=0.0)  # where the run is
     per_epoch = sum(batches(data))
     total = EPOCHS * per_epoch

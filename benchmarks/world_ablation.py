@@ -58,7 +58,7 @@ def train(data, tokenizer, steps):
     model = wm.build_model(data, tokenizer)
     ema, guard = copy.deepcopy(model).eval().requires_grad_(False), common.Guard()
     run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    optimizer = wm.build_optimizer(model)
+    optimizer = wm.build_optimizer(model, wm.LR)
     for step in range(steps):
         wm.train_step(model, model, ema, optimizer, guard, data, tokenizer, step, steps, run)
     return ema

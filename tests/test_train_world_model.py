@@ -1,6 +1,9 @@
 """train_world_model.py: closed forms of shortcut forcing, causality, cache, batches, the report, playing."""
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,8 @@ from conftest import AT_CALL, fork, log, state
 import common
 import train_world_model as wm
 from data import game
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = dict(DIM=32, DEPTH=2, HEADS=2, KV_HEADS=1, WINDOW=6, K_MAX=8, SEQ_LEN_SHORT=8, SEQ_LEN_LONG=12,
              BATCH_SIZE=8, BATCH_SIZE_LONG=4, TRAIN=8, TEST=8, LEVEL=0, CONTEXT=4, HORIZON=8, SAMPLES=8)
@@ -175,6 +180,14 @@ def test_no_gradient_through_the_teacher(use):
 
 
 # ---------------------------------------------------------------- noise
+@pytest.mark.parametrize("rows", (1, 2, 4, 6))
+def test_a_quarter_of_the_rows_is_bootstrapped(rows):
+    """Over the run, however few there are in a batch."""
+    found = torch.cat([wm.spread(rows, 0.25, k * rows) for k in range(40)])
+    assert found.sum() == 10 * rows and found.view(-1, 4).sum(1).eq(1).all()
+    assert not wm.spread(7, 0.0).any() and wm.spread(7, 1.0, 10**7).all()
+
+
 def test_levels_lie_on_the_grid_of_their_step(use):
     use(K_MAX=16)
     i, e = wm.draw_levels(torch.ones(4000, dtype=torch.bool), 5, torch.Generator().manual_seed(0))
@@ -344,7 +357,7 @@ def test_one_batch_in_ten_is_long_and_an_epoch_ends_with_the_short_ones(use):
 def test_who_is_stepped_by_what(use):
     """Matrices of the layers by Muon, all others by AdamW, each once and at its ratio to LR."""
     model = dynamics(dtype=torch.float32)
-    optimizer = wm.build_optimizer(model)
+    optimizer = wm.build_optimizer(model, wm.LR)
     found = {}
     for part in optimizer.parts:
         for group in part.param_groups:
@@ -356,7 +369,7 @@ def test_who_is_stepped_by_what(use):
         assert found.pop(id(p)) == (("Muon", wm.MUON_LR / wm.LR) if inside else ("AdamW", 1.0)), name
     assert not found
     use(OPT="adamw")
-    assert [type(part).__name__ for part in wm.build_optimizer(model).parts] == ["AdamW"]
+    assert [type(part).__name__ for part in wm.build_optimizer(model, wm.LR).parts] == ["AdamW"]
 
 
 @pytest.fixture(scope="module")
@@ -626,11 +639,46 @@ def test_own_recordings(launch, tmp_path):
     run = launch(*at, fault=IMPORT)
     assert run.code == 0, run.output
     assert "no scoreboard" in (run.folder / "epoch_0001" / "scoreboard.txt").read_text()
+    frames[..., 2] = 0  # a colour that never changes; no actions at all
+    np.savez(tmp_path / "own.npz", frames=np.concatenate([frames] * 4))
+    run = launch(*at, "HORIZON=12", fault=IMPORT)
+    assert run.code == 0, run.output
+    last = str(run.folder / "last.pt")
+    dreamt = launch("--checkpoint", last, "--num-samples", "1", program="sample", fault=IMPORT)
+    assert dreamt.code == 0, dreamt.output
+    np.savez(tmp_path / "own.npz", frames=frames[:, :, :8], actions=actions)
+    refused(launch(*at, fault=IMPORT), "8 x 28", "11 x 11")
     np.savez(tmp_path / "own.npz", frames=frames, actions=np.abs(actions))
     refused(launch(*at, fault=IMPORT), "own.npz", "ACTION_ALIGN=from")
     np.savez(tmp_path / "own.npz", frames=frames[..., 0], actions=actions)
     refused(launch(*at, fault=IMPORT), "own.npz", "expected frames")
     refused(launch(*at, "DATA=/nowhere", fault=IMPORT), "nowhere")
+
+
+def test_torchrun_matches_one_process(launch, home, tmp_path):
+    """Two gloo processes give the losses of one, though only the second has rows of larger steps; the first
+    trains the tokenizer alone."""
+    fixed = ("EPOCHS=1 EVAL_EVERY=1000 BOOT_FROM=0.3 TOKENIZER=mae PATCH=8 CODE=8 TOK_DIM=32 TOK_DEPTH=1 "
+             "TOK_STEPS=3 TOK_BATCH=4").split()
+    one = launch(*fixed)
+    assert one.code == 0, one.output
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "cache").symlink_to(home / "cache")
+    runner = tmp_path / "runner.py"
+    runner.write_text("import os, sys, signal, time\n"
+                      f"sys.path.insert(0, {str(ROOT)!r})\nimport torch, common\ntorch.set_num_threads(1)\n"
+                      + STUB + "common.override(vars(script))\nscript.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(runner), f"OUT={tmp_path / 'two'}", *TINY, *fixed]
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    two = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert two.returncode == 0, two.stderr[-3000:]
+    folders = (one.folder, tmp_path / "two" / "world_model")
+    losses = [[float(row["loss"]) for row in log(folder)] for folder in folders]
+    assert len(losses[0]) == len(losses[1]) >= 5
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    squares = [state(folder)["model"]["balance.square"] for folder in folders]
+    assert (squares[0] > 0).all() and torch.allclose(*squares, rtol=1e-4)
 
 
 def test_a_dry_run_says_what_fits(launch):
@@ -646,7 +694,8 @@ BAD = {
     "EPOCHS=0": "above 0", "LONG_RATIO=1.0": "LONG_RATIO", "CONTEXT=125": "128 frames",
     "SAMPLES=2": "SAMPLES",
     "EVAL_EVERY=2 KEEP_EVERY=3": "multiple", "TOKENIZER=mae LATENTS=4 PACK=3": "divide",
-    "TOKENIZER=mae PACK=2": "1 where LATENTS=0", "TAU_CTX=2": "TAU_CTX"}
+    "TOKENIZER=mae PACK=2": "1 where LATENTS=0", "K_MAX=1 STEPS=1": "raise K_MAX",
+    "TAU_CTX=2": "TAU_CTX"}
 
 
 @pytest.mark.parametrize("setting", BAD)
