@@ -241,9 +241,9 @@ class ReLU2(torch.autograd.Function):
 
 
 class MLP(nn.Module):
-    """up, activation, down: "gelu" (exact), "relu2" = relu^2 (So 2021), or "swiglu" (Shazeer 2020), whose gate
-    is a matrix of its own: Muon must see it alone, and its half of a wider one would be copied on the way
-    back."""
+    """up, activation, down: "gelu" (exact), "relu2" = relu^2 (So 2021), or "swiglu" (Shazeer 2020). Its gate
+    is a matrix of its own: Muon must see it alone, and half of a wider one would be copied on the way back.
+    """
 
     def __init__(self, dim, hidden, activation="gelu", bias=False):
         super().__init__()

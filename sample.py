@@ -161,8 +161,8 @@ class Game:
 
 
 def action_keys(names):
-    """Key -> action: arrows and WASD (up or move_up), space for ask or do (or the last action), n for noop (or
-    the first), and for all, named or not, 0-9 and A-Z."""
+    """Key -> action: arrows and WASD (up or move_up), space for ask or do (or the last action), n for noop
+    (or the first), and for all, named or not, 0-9 and A-Z."""
     place = {name.removeprefix("move_"): i for i, name in enumerate(names)}
     keys = dict(zip(string.digits + string.ascii_uppercase, range(len(names))))
     keys |= {" ": place.get("ask", place.get("do", len(names) - 1)), "n": place.get("noop", 0)}
