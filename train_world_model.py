@@ -287,8 +287,7 @@ class MAE(Pixels):
     def __init__(self, data):
         super().__init__(data)
         pixels, self.pixels = self.channels, self.tokens
-        count = LATENTS or self.pixels
-        self.tokens, self.channels = count // PACK, CODE * PACK
+        self.tokens, self.channels = (LATENTS or self.pixels) // PACK, CODE * PACK
         self.embed, self.hidden = nn.Linear(pixels, TOK_DIM), nn.Parameter(torch.zeros(TOK_DIM))
         self.places, self.queries, self.latents, self.codes = (
             nn.Parameter(0.02 * torch.randn(n, TOK_DIM))
@@ -300,15 +299,15 @@ class MAE(Pixels):
         self.balance = Balance(2)  # pixels, edges
         self.register_buffer("code_mean", torch.zeros(CODE))
         self.register_buffer("code_std", torch.ones(CODE))
-        # who looks at whom, latents first: in the encoder they see all, in the decoder they are seen by all
-        sees = torch.ones(LATENTS + self.pixels, LATENTS + self.pixels, dtype=torch.bool)
-        encoder, decoder = sees.clone(), sees.clone()
-        encoder[LATENTS:, :LATENTS] = decoder[:LATENTS, LATENTS:] = False
-        for name, mask in (("sees", encoder), ("seen", decoder)):
-            self.register_buffer(name, mask if LATENTS else None, persistent=False)
-        turn = torch.stack(near(grid_positions(self.grid), 32))
-        self.register_buffer("turn", None if LATENTS else turn, persistent=False)
-        self.grid = None if LATENTS else self.grid
+        sees = seen = turn = None
+        if LATENTS:  # latents first: in the encoder they see all, in the decoder they are seen by all
+            sees, seen = torch.ones(2, LATENTS + self.pixels, LATENTS + self.pixels, dtype=torch.bool)
+            sees[LATENTS:, :LATENTS] = seen[:LATENTS, LATENTS:] = False
+            self.grid = None
+        else:
+            turn = torch.stack(near(grid_positions(self.grid), 32))
+        for name, tensor in dict(sees=sees, seen=seen, turn=turn).items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def codes_of(self, patches, hidden=None):
         """(B, pixels, .) -> (B, latents, CODE) within -1 and 1; hidden bool (B, pixels): not looked at."""
@@ -717,7 +716,7 @@ def evaluate(model, tokenizer, data, ref, count):
             **{name: v[:count] for name, v in ref.rows.items()}}
     table = {name: quality(truth[:len(v)], v, last[:len(v)]) for name, v in rows.items()}
     own, copy_last, whole = table["dream"], table["copy the last frame"], table[through]
-    beside = quality(truth[:some], rows["copy the last frame"][:some], last[:some])["psnr"]
+    beside = pooled_psnr(squared(rows["copy the last frame"][:some], truth[:some]))
     for h in hs:
         add(f"psnr_h{h}", own["psnr"][h - 1], "higher", copy_last["psnr"][h - 1], whole["psnr"][h - 1])
     for h in hs:
@@ -776,13 +775,13 @@ def evaluate(model, tokenizer, data, ref, count):
 
     exact = {}
     if DATA == "game":
+        states = {k: np.stack([v[e, s:s + CONTEXT + HORIZON] for e, s in ref.at[:count]])
+                  for k, v in vars(data.test.states).items()}
         for name, v in rows.items():
             n = len(v)
-            states = SimpleNamespace(**{
-                k: np.stack([state[e, s:s + CONTEXT + HORIZON] for e, s in ref.at[:n]])
-                for k, state in vars(data.test.states).items()})
+            seen = SimpleNamespace(**{k: state[:n] for k, state in states.items()})
             frames = np.concatenate([ref.frames[:n, :CONTEXT], v], 1)
-            exact[name] = game.scores(frames, states, ref.actions[:n].numpy(), CONTEXT)
+            exact[name] = game.scores(frames, seen, ref.actions[:n].numpy(), CONTEXT)
         best = exact[through]
         for name, short in (("obedience", "obey"), ("legality", "legal"), ("cell_accuracy", "agent")):
             add(name, exact["dream"].mean[short], "higher", exact["copy the last frame"].mean[short],

@@ -156,6 +156,17 @@ def launch_lm(zygote, corpus, tmp_path):
     return run
 
 
+def torchrun(tmp_path, code, *arguments):
+    """Two gloo processes of one thread each run `code`, which imports a training script as `script`, and then
+    its main() under these settings. The CompletedProcess."""
+    runner = tmp_path / "runner.py"
+    runner.write_text(f"import os, sys, signal, time\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, common\n"
+                      f"torch.set_num_threads(1)\n{code}common.override(vars(script))\nscript.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*command, str(runner), *arguments], capture_output=True, text=True, timeout=180,
+                          env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"))
+
+
 def state(folder, name="last.pt"):
     """What a run holds, less the clock and what the reports said."""
     found = torch.load(folder / name, weights_only=True)

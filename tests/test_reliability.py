@@ -3,8 +3,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 import common
-from conftest import AT_CALL, ROOT, TINY, log, state
+from conftest import AT_CALL, TINY, log, state, torchrun
 
 # A report draws 15 figures in seconds; most faults do not need them. This one draws a random number instead.
 STUB = """
@@ -393,20 +391,13 @@ def test_torchrun_matches_one_process(launch, tiny, tmp_path):
     one = launch(*fixed, fault=STUB)
     (tmp_path / "two" / "cache").mkdir(parents=True)
     shutil.copy(*tiny.glob("judge_*.pt"), tmp_path / "two" / "cache")
-    runner = tmp_path / "runner.py"
-    runner.write_text("import os, sys, signal, time\n"
-                      f"sys.path.insert(0, {str(ROOT)!r})\nimport torch, common\n"
-                      "torch.set_num_threads(1)\nimport train_stl10 as script\n" + STUB +
-                      "common.override(vars(script))\nscript.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(runner),
-               f"DATA={tiny / 'data'}", f"OUT={tmp_path / 'two'}", *TINY, *fixed]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    two = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    job = (tmp_path, "import train_stl10 as script\n" + STUB, f"DATA={tiny / 'data'}",
+           f"OUT={tmp_path / 'two'}", *TINY, *fixed)
+    two = torchrun(*job)
     assert two.returncode == 0, two.stderr[-3000:]
     losses = [[float(row["loss"]) for row in log(folder)] for folder in (one.folder,
         tmp_path / "two" / "stl10")]
     assert len(losses[0]) == len(losses[1]) == 7
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    bad = subprocess.run([*command, "WIDTH=16"], capture_output=True, text=True, env=environment, timeout=180)
+    bad = torchrun(*job, "WIDTH=16")
     assert bad.returncode != 0 and "WIDTH: 8 there, 16 now" in bad.stderr

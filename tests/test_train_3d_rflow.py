@@ -9,8 +9,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +21,7 @@ import torch.nn.functional as F
 import common
 import metrics
 import train_3d_rflow as rf
-from conftest import AT_CALL, ROOT, fork, log, refused, state
+from conftest import AT_CALL, ROOT, fork, log, refused, state, torchrun
 from data import volumes
 
 CPU = torch.device("cpu")
@@ -1266,14 +1264,7 @@ def test_torchrun_matches_one_process(launch, home, tmp_path):
     assert one.code == 0, one.output
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "cache").symlink_to(home / "cache")
-    runner = tmp_path / "runner.py"
-    runner.write_text("import os, sys, signal, time\n"
-                      f"sys.path.insert(0, {str(ROOT)!r})\nimport torch, common\ntorch.set_num_threads(1)\n"
-                      + STUB + "common.override(vars(script))\nscript.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(runner), f"OUT={tmp_path / 'two'}", *TINY, *fixed]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    two = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    two = torchrun(tmp_path, STUB, f"OUT={tmp_path / 'two'}", *TINY, *fixed)
     assert two.returncode == 0, two.stderr[-3000:]
     folders = (one.folder, tmp_path / "two" / "3d_rflow")
     losses = [[float(row["loss"]) for row in log(folder)] for folder in folders]

@@ -4,9 +4,6 @@ planted fault is caught and named, and whole runs of a second are the same bits 
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +13,7 @@ import torch.nn.functional as F
 
 import common
 import train_lm as lm
-from conftest import AT_CALL, ROOT, TINY_LM, log, refused, state
+from conftest import AT_CALL, TINY_LM, log, refused, state, torchrun
 from data import text
 from model_dit import ReLU2
 
@@ -1437,14 +1434,8 @@ def test_torchrun_matches_one_process(launch_lm, corpus, tmp_path):
     fixed = ["STAGE=3", "INIT_FROM=scratch", "MAX_STEPS=8", "EPOCHS=0", "K1_DELAY=2", "K1_EVERY=1", "ACCUM=2"]
     one = launch_lm(*fixed, fault=STUB)
     assert one.code == 0, one.output
-    runner = tmp_path / "runner.py"
-    runner.write_text(f"import os, sys, signal, time\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, common\n"
-                      "torch.set_num_threads(1)\nimport train_lm as script\n" + STUB +
-                      "common.override(vars(script))\nscript.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(runner),
-               f"DATA={corpus}", f"OUT={tmp_path / 'two'}", *TINY_LM, *fixed]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    two = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    two = torchrun(tmp_path, "import train_lm as script\n" + STUB, f"DATA={corpus}", f"OUT={tmp_path / 'two'}",
+                   *TINY_LM, *fixed)
     assert two.returncode == 0, two.stderr[-3000:]
     losses = [[float(row["loss"]) for row in log(folder / "lm_stage3")] for folder in (one.folder, tmp_path / "two")]
     assert len(losses[0]) == len(losses[1]) == 8

@@ -1,22 +1,17 @@
 """train_world_model.py: closed forms of shortcut forcing, causality, cache, batches, the report, playing."""
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import AT_CALL, fork, log, state
+from conftest import AT_CALL, fork, log, state, torchrun
 
 import common
 import train_world_model as wm
 from data import game
-
-ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = dict(DIM=32, DEPTH=2, HEADS=2, KV_HEADS=1, WINDOW=6, K_MAX=8, SEQ_LEN_SHORT=8, SEQ_LEN_LONG=12,
              BATCH_SIZE=8, BATCH_SIZE_LONG=4, TRAIN=8, TEST=8, LEVEL=0, CONTEXT=4, HORIZON=8, SAMPLES=8)
@@ -667,14 +662,7 @@ def test_torchrun_matches_one_process(launch, home, tmp_path):
     assert one.code == 0, one.output
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "cache").symlink_to(home / "cache")
-    runner = tmp_path / "runner.py"
-    runner.write_text("import os, sys, signal, time\n"
-                      f"sys.path.insert(0, {str(ROOT)!r})\nimport torch, common\ntorch.set_num_threads(1)\n"
-                      + STUB + "common.override(vars(script))\nscript.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(runner), f"OUT={tmp_path / 'two'}", *TINY, *fixed]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    two = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    two = torchrun(tmp_path, STUB, f"OUT={tmp_path / 'two'}", *TINY, *fixed)
     assert two.returncode == 0, two.stderr[-3000:]
     folders = (one.folder, tmp_path / "two" / "world_model")
     losses = [[float(row["loss"]) for row in log(folder)] for folder in folders]
