@@ -540,7 +540,7 @@ def test_credit_is_the_stated_one(use):
     look = credit.observe
 
     def observe():
-        kept.append({leaf: sum(float((p.grad.abs() * (p.abs() + 0.02)).sum()) for p in ps)
+        kept.append({leaf: sum(float((p.grad.abs() * (p.detach().abs() + 0.02)).sum()) for p in ps)
                      for leaf, ps in credit.leaves.items()})
         look()
     credit.observe = observe
