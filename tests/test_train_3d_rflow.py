@@ -357,6 +357,18 @@ def test_validation_loss_is_the_mean_over_its_volumes(use):
         assert len(set(picked)) == len(picked) == min(n, count) and max(picked) < n
 
 
+@pytest.mark.parametrize("clip", (0.05, 0.2))
+def test_validation_loss_does_not_hang_on_t_clip(use, clip):
+    """A network whose x_0_hat is 0 has the error x_0^2 / t^2, at every t."""
+    use(MODE="image", PREDICTION="x0", T_CLIP=clip)
+    data, t = rf.load_data(), (torch.arange(16) + 0.5) / 16
+    model = flow(mu=data.mu, sigma=data.sigma)
+    model.net = Says(torch.zeros(8, 1, *rf.SHAPE))
+    table = rf.loss_by_time(model, data, SimpleNamespace(t=t))
+    square = rf.target(data.val, range(4)).square().mean((1, 2, 3, 4))
+    np.testing.assert_allclose(table, square[:, None] / t.square(), rtol=1e-5)
+
+
 # ---------------------------------------------------------------- solvers
 def problem(x, t, rows=None):
     """y0' = 1.3 y0 cos s, y1' = -y1^2 + y0 sin 3s in s = 1 - t, so dx/dt = -y'."""
@@ -1097,7 +1109,7 @@ GPU_ROWS = [name for name in rf.EXPERIMENTS
             if name.startswith("exp") and name not in (*CPU_ROWS, *LATER_ROWS)]
 
 
-@pytest.mark.parametrize("name", CPU_ROWS)
+@pytest.mark.parametrize("name", (*CPU_ROWS, "masks"))
 def test_laptop_rows_train(use, name):
     """Their own network on small volumes: finite losses, the first of which is no surprise."""
     row = common.row_of(rf.EXPERIMENTS, name)
@@ -1105,7 +1117,7 @@ def test_laptop_rows_train(use, name):
     rf.check_settings()
     _, rows = trainer(use, optimizer=torch.optim.AdamW, BATCH_SIZE=2)
     assert np.isfinite(rows).all() and 0 < rows[0, 0] < 1.5
-    assert row["EPOCHS"] > 0 and row["MODE"] and name.removesuffix("_cpu") in GPU_ROWS
+    assert row["EPOCHS"] > 0 and row["MODE"] and name.removesuffix("_cpu") in (*GPU_ROWS, "masks")
 
 
 @pytest.mark.parametrize("name", GPU_ROWS)
