@@ -120,7 +120,7 @@ EXPERIMENTS = {
     "cpu_masks": dict(LIKE="cpu", SHAPE=(32, 32, 32), PATCH=2, WIDTH=32, MULTS=(1, 2), BLOCKS=(1, 1),
                       ATTENTION=(False, True)),
     "masks": dict(MODE="seg_conditioned", PREDICTION="x0", T_CLIP=0.2, TRAIN=8192, TEST=256, EPOCHS=1,
-                  EVAL_EVERY=1, SAMPLES=64),  # not of the notes: obeys its counts best (README)
+                  EVAL_EVERY=1, SAMPLES=64),  # not of the notes: fewer copies and steps, see README
 
     "exp1": dict(LIKE="128", MODE="bravo"),
     "exp1_1": dict(LIKE="256", MODE="bravo"),
