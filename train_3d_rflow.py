@@ -91,7 +91,7 @@ TOLERANCE = 1e-3     # of an adaptive one, absolute and relative
 TOGETHER = False     # adaptive: one error norm for the whole batch, as torchdiffeq has it
 T_END = 0.02         # where the solver stops: nearer to 0 hardly anything was trained. 0 as in the lab notes
 GUIDANCE = 1.0       # w on counts: 1 = none
-TRIES = 4            # masks given counts: drawn anew, so often in all, until its lesions are those asked for
+TRIES = 4            # draws of a mask at most, until its lesions, counted, are those asked for
 SAMPLES = 32         # volumes of a report
 TSTR = 0             # volumes drawn to train a segmenter on, which is tested on real ones; 0: not measured
 EVAL_EVERY = 6       # epochs between reports
@@ -120,7 +120,7 @@ EXPERIMENTS = {
     "cpu_masks": dict(LIKE="cpu", SHAPE=(32, 32, 32), PATCH=2, WIDTH=32, MULTS=(1, 2), BLOCKS=(1, 1),
                       ATTENTION=(False, True)),
     "masks": dict(MODE="seg_conditioned", PREDICTION="x0", T_CLIP=0.2, TRAIN=8192, TEST=256, EPOCHS=1,
-                  EVAL_EVERY=1, SAMPLES=64),  # not of the notes: fewer copies and steps, see README
+                  EVAL_EVERY=1, SAMPLES=64),  # not of the notes; what it gives is in the README
 
     "exp1": dict(LIKE="128", MODE="bravo"),
     "exp1_1": dict(LIKE="256", MODE="bravo"),
