@@ -1415,7 +1415,8 @@ def test_metrics_have_floor_and_ceiling(bravo, seg):
             assert all(isinstance(table[name][k], float) for k in ("value", "floor", "ceiling")) or (
                 name == "ms_ssim_diversity" and table[name]["ceiling"]), (name, table[name])
         assert isinstance(table["val_loss"]["floor"], float) and 0 < table["val_loss"]["value"] < 2
-        assert 4 == table["evaluations"]["value"] if run is bravo else 6 < table["evaluations"]["value"] <= 12
+        calls = [4] if run is bravo else [6 + 6 * again / 8 for again in range(1, 9)]  # k of 8 twice
+        assert table["evaluations"]["value"] in calls
         whole = json.loads((run.folder / "metrics.json").read_text(), parse_constant=no)
         assert whole["val_loss"] == table["val_loss"] and whole["parameters"] > 1000
         assert "val_loss" in run.output and "lesions_within_1" in run.output
